@@ -1,0 +1,1 @@
+"""Quantize a language model once, ship those very codes to every phone."""

@@ -1,0 +1,1 @@
+"""LoRA adapters: read, resolved against a base, merged."""

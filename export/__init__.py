@@ -1,0 +1,1 @@
+"""Containers: the file formats, each packing the same codes."""

@@ -1,0 +1,1 @@
+"""Weights become codes and scales here, exactly once."""

@@ -1,0 +1,77 @@
+"""What a code means: value = code * scale, a scale per group of inputs or per output row."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+Float32 = npt.NDArray[np.float32]
+Int8 = npt.NDArray[np.int8]
+
+SCALE_FLOOR = 2.0**-17  # fp16 subnormals still hold 8 significant bits down to here
+SCALE_CEILING = 255.0 * 256.0  # the largest fp16 value with 8 significant bits
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """A set of representable weights.
+
+    A weight matrix of shape (rows, columns) has int8 codes of the same shape and a float32 scale
+    of shape (rows, columns / group), or (rows, 1) where `group` is None. So int4-g32 over a
+    (256, 768) matrix has codes (256, 768) and scales (256, 24).
+
+    Attributes:
+        name: as written in recipes, manifests and on the command line.
+        bits: bits per code.
+        low, high: the smallest and the largest code.
+        group: inputs that share one scale; None for one scale per output row.
+        signed_scale: whether a scale may be negative.
+    """
+
+    name: str
+    bits: int
+    low: int
+    high: int
+    group: int | None
+    signed_scale: bool = False
+
+    def fits(self, columns: int) -> bool:
+        """Whether rows of `columns` inputs divide into whole groups."""
+        return self.group is None or columns % self.group == 0
+
+    def groups(self, columns: int) -> int:
+        """Scales per row."""
+        return 1 if self.group is None else columns // self.group
+
+    def bits_per_weight(self, columns: int) -> float:
+        """Bits of codes and fp16 scales for each weight in a row of `columns` inputs."""
+        return self.bits + 16 * self.groups(columns) / columns
+
+    def bytes_of(self, shape: tuple[int, int]) -> int:
+        """Bytes of packed codes and fp16 scales for a matrix of `shape`."""
+        rows, columns = shape
+        return rows * (-(-columns * self.bits // 8) + 2 * self.groups(columns))
+
+
+INT4_G32 = Grid("int4-g32", bits=4, low=-8, high=7, group=32)
+INT4_G32_SIGNED = Grid("int4-g32-signed", bits=4, low=-8, high=7, group=32, signed_scale=True)
+INT8_ROW = Grid("int8-row", bits=8, low=-127, high=127, group=None)
+INT8_G32 = Grid("int8-g32", bits=8, low=-127, high=127, group=32)
+GRIDS = {grid.name: grid for grid in (INT4_G32, INT4_G32_SIGNED, INT8_ROW, INT8_G32)}
+
+
+def round_scale(scale: Float32) -> Float32:
+    """Round scales to 8 significant bits within what bf16 and fp16 both hold exactly.
+
+    Magnitudes are kept between SCALE_FLOOR and SCALE_CEILING; the sign is kept; an exact zero
+    (an all-zero group) becomes 1. Round half to even. Any shape, float32 in and out.
+    """
+    bits = np.ascontiguousarray(scale, np.float32).view(np.uint32)
+    rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) & np.uint32(
+        0xFFFF0000
+    )
+    value = rounded.view(np.float32)
+    magnitude = np.clip(np.abs(value), SCALE_FLOOR, SCALE_CEILING)
+    return np.where(scale == 0, np.float32(1), np.copysign(magnitude, value)).astype(np.float32)

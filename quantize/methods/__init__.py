@@ -1,0 +1,1 @@
+"""One file per method, each with `solve(weight, grid, ...) -> QuantizedTensor`."""

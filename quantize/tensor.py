@@ -1,0 +1,80 @@
+"""A quantized weight: grid, codes and scales, checked when it is made."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..errors import BadInput
+from .grid import Float32, Grid, Int8
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizedTensor:
+    """A weight matrix of shape (rows, columns) on a grid.
+
+    Attributes:
+        grid: what the codes mean.
+        codes: int8 (rows, columns), each within grid.low..grid.high, in source row order.
+        scale: float32 (rows, groups), 8 significant bits each; an all-zero group has scale 1.
+
+    Raises:
+        BadInput: a shape or dtype disagrees with the grid.
+    """
+
+    grid: Grid
+    codes: Int8
+    scale: Float32
+
+    def __post_init__(self) -> None:
+        rows, columns = self.codes.shape
+        wanted = (rows, self.grid.groups(columns))
+        if self.codes.dtype != np.int8 or self.scale.dtype != np.float32:
+            raise _inconsistent(f"codes are {self.codes.dtype}, scales {self.scale.dtype}")
+        if not self.grid.fits(columns) or self.scale.shape != wanted:
+            raise _inconsistent(
+                f"codes {self.codes.shape} on {self.grid.name} need scales {wanted},"
+                f" not {self.scale.shape}"
+            )
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        rows, columns = self.codes.shape
+        return rows, columns
+
+    def dequantize(self) -> Float32:
+        """The represented weights, float32 (rows, columns); exact: one product per weight."""
+        rows, columns = self.codes.shape
+        groups = self.scale.shape[1]
+        grouped = self.codes.reshape(rows, groups, columns // groups).astype(np.float32)
+        grouped *= self.scale[:, :, None]
+        return grouped.reshape(rows, columns)
+
+    def digest(self, name: str) -> str:
+        """sha256 (hex) over name, grid, shape, codes (int8) and scales (float32, little-endian).
+
+        Row-major. `name` is the weight's source name, such as
+        `model.layers.0.mlp.up_proj.weight`.
+        """
+        rows, columns = self.codes.shape
+        digest = hashlib.sha256(f"{name}\n{self.grid.name}\n{rows} {columns}\n".encode())
+        digest.update(np.ascontiguousarray(self.codes).data)
+        digest.update(np.ascontiguousarray(self.scale, "<f4").data)
+        return digest.hexdigest()
+
+
+def weights_digest(digests: Mapping[str, str]) -> str:
+    """One digest of all quantized weights, `sha256:...`, from {source name: digest of it}.
+
+    sha256 over the lines `<name> <digest>` in sorted order of names, so weights can be hashed one
+    at a time, in any order, and a mismatch can be named.
+    """
+    lines = "".join(f"{name} {digests[name]}\n" for name in sorted(digests))
+    return "sha256:" + hashlib.sha256(lines.encode()).hexdigest()
+
+
+def _inconsistent(why: str) -> BadInput:
+    return BadInput("a quantized weight is inconsistent", why, "quantize the model again")

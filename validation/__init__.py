@@ -1,0 +1,1 @@
+"""The shipped file, judged in its real runtime."""

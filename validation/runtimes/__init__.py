@@ -1,0 +1,1 @@
+"""What executes a container: one module per runtime, each filling validation.runtime.Runtime."""
