@@ -6,12 +6,15 @@ are those of llama.cpp's gguf-py `constants.py`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, Literal
+from functools import partial
+from typing import Any, Literal, cast
 
-from .errors import Unsupported
+from .checkpoint import Weights
+from .errors import BadInput, Unsupported
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +133,8 @@ _MODULES = {
     Kind.DOWN: "mlp.down_proj",
 }
 TABLES = frozenset({Kind.EMBEDDING, Kind.HEAD})
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_TIED_ROWS = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,13 +180,13 @@ def weights(config: DecoderConfig) -> tuple[Weight, ...]:
     A tied head is not listed: it is the embedding.
     """
     table = (config.vocab_size, config.hidden_size)
-    found = [Weight("model.embed_tokens.weight", table, Kind.EMBEDDING, None)]
+    found = [Weight(EMBEDDING, table, Kind.EMBEDDING, None)]
     for layer in range(config.layers):
         found += _layer_weights(config, layer)
     norm = (config.hidden_size,)
     found.append(Weight("model.norm.weight", norm, Kind.FINAL_NORM, None))
     if not config.tied:
-        found.append(Weight("lm_head.weight", table, Kind.HEAD, None))
+        found.append(Weight(HEAD, table, Kind.HEAD, None))
     return tuple(found)
 
 
@@ -215,29 +220,86 @@ def _layer_weights(config: DecoderConfig, layer: int) -> Iterator[Weight]:
             yield Weight(f"{stem}.bias", shapes[kind][:1], kind, layer)
 
 
+def check_weights(config: DecoderConfig, checkpoint: Weights) -> None:
+    """Compare the names and shapes of a checkpoint with what its config demands.
+
+    Two kinds of tensors may be left over: rotary frequencies, which follow from the config, and a
+    head equal to the embedding it is tied to.
+
+    Raises:
+        BadInput: a tensor is missing, has another shape, or is left over.
+    """
+    names = set(checkpoint.names())
+    if config.layers > len(names):  # before a wild number becomes a list of names
+        raise _inconsistent(f"{len(names)} tensors are too few for {config.layers} layers")
+    wanted = weights(config)
+    if missing := [weight.name for weight in wanted if weight.name not in names]:
+        raise _inconsistent(f"{len(missing)} tensors are missing, such as {missing[0]}")
+    for weight in wanted:
+        if checkpoint.shape(weight.name) != weight.shape:
+            found = checkpoint.shape(weight.name)
+            raise _inconsistent(f"{weight.name} has shape {found}, config.json says {weight.shape}")
+    leftover = names - {weight.name for weight in wanted}
+    leftover = {name for name in leftover if not name.endswith("rotary_emb.inv_freq")}
+    if config.tied and HEAD in leftover:
+        _compare_tied(config, checkpoint)
+        leftover.discard(HEAD)
+    if leftover:
+        raise _inconsistent(
+            f"{len(leftover)} tensors are left over, such as {min(leftover)}: their effect is lost"
+        )
+
+
+def _compare_tied(config: DecoderConfig, checkpoint: Weights) -> None:
+    """Refuse a head that differs from its embedding; reads both, row block by row block."""
+    for start in range(0, config.vocab_size, _TIED_ROWS):
+        stop = start + _TIED_ROWS
+        head, table = (checkpoint.rows(name, start, stop) for name in (HEAD, EMBEDDING))
+        if head.shape != table.shape or (head != table).any():
+            raise _inconsistent(
+                f"{HEAD} differs from {EMBEDDING}, and config.json says they are tied",
+                "set tie_word_embeddings to false if the head was trained on its own",
+            )
+
+
+def _inconsistent(
+    why: str, cure: str = "give the folder of one whole model, with the config.json it was saved by"
+) -> BadInput:
+    return BadInput("weights and config.json do not belong together", why, cure)
+
+
 def decoder_config(config: Mapping[str, Any]) -> DecoderConfig:
     """Read a Hugging Face config.json.
 
     Raises:
         Unsupported: an unknown family, or a key or value that changes the mathematics and is not
             understood; never ignored.
+        BadInput: a size is missing, not a number, or contradicts another one.
     """
     family = _family(config)
     _refuse_unknown(config, family)
-    heads = int(config["num_attention_heads"])
-    hidden = int(config["hidden_size"])
+    size = partial(_whole, config)
+    heads, hidden = size("num_attention_heads"), size("hidden_size")
+    kv_heads = size("num_key_value_heads", heads)
+    head_dim = size("head_dim", hidden // heads)
+    if heads % kv_heads or head_dim % 2 or (hidden % heads and not config.get("head_dim")):
+        raise BadInput(
+            f"config.json: hidden {hidden}, {heads} heads of {head_dim}, {kv_heads} kv heads",
+            "heads must divide hidden, kv heads must divide heads, a head's size must be even",
+            "correct config.json, or export another model",
+        )
     attention_bias = bool(config.get("attention_bias", False))
     return DecoderConfig(
         family=family,
-        vocab_size=int(config["vocab_size"]),
+        vocab_size=size("vocab_size"),
         hidden_size=hidden,
-        intermediate_size=int(config["intermediate_size"]),
-        layers=int(config["num_hidden_layers"]),
+        intermediate_size=size("intermediate_size"),
+        layers=size("num_hidden_layers"),
         heads=heads,
-        kv_heads=int(config.get("num_key_value_heads") or heads),
-        head_dim=int(config.get("head_dim") or hidden // heads),
-        context_length=int(config["max_position_embeddings"]),
-        rms_norm_eps=float(config["rms_norm_eps"]),
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        context_length=size("max_position_embeddings"),
+        rms_norm_eps=_real(config, "rms_norm_eps"),
         rope=_rope(config),
         tied=bool(config.get("tie_word_embeddings", False)),
         qkv_bias=attention_bias if family.qkv_bias is None else family.qkv_bias,
@@ -248,22 +310,46 @@ def decoder_config(config: Mapping[str, Any]) -> DecoderConfig:
 
 def _family(config: Mapping[str, Any]) -> Family:
     model_type = config.get("model_type")
-    known = ", ".join(sorted(FAMILIES))
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise Unsupported(
             f"model family {model_type!r} is not supported",
-            f"slimport knows the decoder families {known}",
+            f"slimport knows the decoder families {', '.join(sorted(FAMILIES))}",
             "export a model of one of these families",
         )
     family = FAMILIES[model_type]
     named = config.get("architectures") or [family.architecture]
-    if list(named) != [family.architecture]:
+    if named != [family.architecture]:
         raise Unsupported(
-            f"architecture {', '.join(named)} is not supported",
+            f"architecture {named!r} is not supported",
             f"a {model_type} model must be a {family.architecture}",
             "export the causal language model itself",
         )
     return family
+
+
+def _real(config: Mapping[str, Any], key: str, default: float | None = None) -> float:
+    """A positive number; None and absent are the same."""
+    value = config.get(key)
+    value = default if value is None else value
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        fault = "is missing" if value is None else f"= {value!r} is not a positive number"
+        raise BadInput(
+            f"config.json: {key} {fault}",
+            "the sizes of the model come from config.json, and none is guessed",
+            "take config.json from where the model was trained",
+        )
+    return float(value)
+
+
+def _whole(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
+    value = _real(config, key, default)
+    if not value.is_integer():
+        raise BadInput(
+            f"config.json: {key} = {value} is not a whole number",
+            "it is a size",
+            "take config.json from where the model was trained",
+        )
+    return int(value)
 
 
 def _refuse_unknown(config: Mapping[str, Any], family: Family) -> None:
@@ -280,8 +366,9 @@ def _refuse_unknown(config: Mapping[str, Any], family: Family) -> None:
         raise _not_held("hidden_act", config["hidden_act"], "silu")
     if config.get("use_sliding_window"):
         raise _not_held("use_sliding_window", True, "false")
-    if any(kind != "full_attention" for kind in config.get("layer_types") or ()):
-        raise _not_held("layer_types", config["layer_types"], "full_attention in every layer")
+    layer_types = config.get("layer_types") or []
+    if not isinstance(layer_types, list) or any(t != "full_attention" for t in layer_types):
+        raise _not_held("layer_types", layer_types, "full_attention in every layer")
     if config.get("quantization_config"):
         raise Unsupported(
             "config.json: the checkpoint is already quantized (quantization_config)",
@@ -290,31 +377,45 @@ def _refuse_unknown(config: Mapping[str, Any], family: Family) -> None:
         )
 
 
+# Keys of config.json to fields of Rope.
+_ROPE_KEYS: dict[str, dict[str, str]] = {
+    "default": {},
+    "linear": {"factor": "factor"},
+    "llama3": {
+        "factor": "factor",
+        "low_freq_factor": "low_freq_factor",
+        "high_freq_factor": "high_freq_factor",
+        "original_max_position_embeddings": "original_context",
+    },
+}
+
+
 def _rope(config: Mapping[str, Any]) -> Rope:
     """Rope from `rope_parameters` (transformers 5) or `rope_theta` + `rope_scaling` (before)."""
-    scaling = dict(config.get("rope_scaling") or {})
-    scaling |= dict(config.get("rope_parameters") or {})
-    theta = float(scaling.pop("rope_theta", None) or config.get("rope_theta") or 10000.0)
-    kind = scaling.pop("rope_type", None) or scaling.pop("type", None) or "default"
-    scaling.pop("type", None)
-    fields = {
-        "default": {},
-        "linear": {"factor": "factor"},
-        "llama3": {
-            "factor": "factor",
-            "low_freq_factor": "low_freq_factor",
-            "high_freq_factor": "high_freq_factor",
-            "original_max_position_embeddings": "original_context",
-        },
-    }
-    if kind not in fields:
-        raise _not_held("rope_type", kind, ", ".join(fields))
-    unknown = sorted(set(scaling) - set(fields[kind]))
-    missing = sorted(set(fields[kind]) - set(scaling))
-    if unknown or missing:
-        raise _not_held(f"rope of type {kind}: key", *((unknown or missing)[0],), "its own keys")
-    values = {fields[kind][key]: value for key, value in scaling.items()}
-    return Rope(theta=theta, kind=kind, **values)
+    scaling: dict[str, Any] = {}
+    for key in ("rope_scaling", "rope_parameters"):
+        given = config.get(key) or {}
+        if not isinstance(given, dict):
+            raise _not_held(key, given, "an object")
+        scaling |= given
+    theta = _real(scaling, "rope_theta", _real(config, "rope_theta", 10000.0))
+    scaling.pop("rope_theta", None)
+    old_name = scaling.pop("type", None)
+    kind = scaling.pop("rope_type", None) or old_name or "default"
+    if not isinstance(kind, str) or kind not in _ROPE_KEYS:
+        raise _not_held("rope_type", kind, ", ".join(_ROPE_KEYS))
+    wanted = _ROPE_KEYS[kind]
+    if odd := sorted(set(scaling) ^ set(wanted)):
+        fault = "has no" if odd[0] in wanted else "does not know"
+        raise Unsupported(
+            f"config.json: rope of type {kind} {fault} {odd[0]}",
+            f"its keys are {', '.join(wanted) or 'none but rope_theta'}",
+            "take config.json from where the model was trained",
+        )
+    values = {field: _real(scaling, key) for key, field in wanted.items()}
+    if "original_context" in values:
+        values["original_context"] = _whole(scaling, "original_max_position_embeddings")
+    return Rope(theta=theta, kind=cast(Any, kind), **cast(Any, values))
 
 
 def _not_held(key: str, value: object, held: str) -> Unsupported:

@@ -1,4 +1,4 @@
-"""What every container fills: refuse, predict, write, read back.
+"""What every container fills: refuse, predict, write, read back, for models and adapters.
 
 Containers are modules (export.gguf, ...), checked against the protocol by the type checker; a
 protocol and not a base class, because they share a shape and no code.
@@ -6,16 +6,35 @@ protocol and not a base class, because they share a shape and no code.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from ..adapters.adapter import Adapter
 from ..architectures import DecoderConfig
 from ..quantize.grid import Float32
 from ..quantize.plan import Plan
 from ..quantize.store import QuantizedCheckpoint
 from ..quantize.tensor import QuantizedTensor
 from ..tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class ReadBack:
+    """What a finished file was found to hold.
+
+    Attributes:
+        weights_digest: of all quantized weights, `sha256:...`; equal for every container made from
+            one checkpoint.
+        digests: {source name: sha256 hex} of each quantized weight.
+        float_errors: {source name: largest absolute difference} of the other weights, from
+            rounding them to the container's float type.
+    """
+
+    weights_digest: str
+    digests: Mapping[str, str]
+    float_errors: Mapping[str, float]
 
 
 class Container(Protocol):
@@ -28,16 +47,34 @@ class Container(Protocol):
     def refuse(self, config: DecoderConfig, plan: Plan, tokenizer: Tokenizer) -> None:
         """Raise Unsupported if the container cannot hold this exactly; before any work starts."""
 
-    def predict(self, config: DecoderConfig, plan: Plan, tokenizer: Tokenizer) -> dict[str, int]:
-        """{file name: bytes} of what `write` would write, to the byte."""
+    def predict(
+        self, config: DecoderConfig, plan: Plan, tokenizer: Tokenizer, name: str
+    ) -> dict[str, int]:
+        """{file name: bytes} of what `write` would write, to the byte; `name` is the model's."""
 
     def write(self, model: QuantizedCheckpoint, tokenizer: Tokenizer, folder: Path) -> list[Path]:
         """Write the files, tensor by tensor, fsynced; returns their paths."""
 
     def read_back(
-        self, folder: Path, config: DecoderConfig
+        self, folder: Path, config: DecoderConfig, grids: Mapping[str, str]
     ) -> Iterator[tuple[str, QuantizedTensor | Float32]]:
         """Every tensor of the finished file, under its source name and in source row order.
 
-        Shares no code with the packer.
+        `grids` is {source name: grid name} of the quantized weights. Shares no code with the
+        packer.
         """
+
+    def check(self, model: QuantizedCheckpoint, folder: Path) -> ReadBack:
+        """Compare every code, scale and value of the finished file with the checkpoint.
+
+        Raises ValidationFailed naming the weight and its first differing element.
+        """
+
+    def refuse_adapter(self, adapter: Adapter) -> None:
+        """Raise Unsupported if the adapter cannot stay separate from its base."""
+
+    def predict_adapter(self, adapter: Adapter, config: DecoderConfig) -> dict[str, int]:
+        """{file name: bytes} of what `write_adapter` would write, to the byte."""
+
+    def write_adapter(self, adapter: Adapter, config: DecoderConfig, folder: Path) -> Path:
+        """Write an adapter for the base of `config` as a file of its own, fsynced."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -59,11 +59,18 @@ class QuantizedTensor:
         Row-major. `name` is the weight's source name, such as
         `model.layers.0.mlp.up_proj.weight`.
         """
-        rows, columns = self.codes.shape
-        digest = hashlib.sha256(f"{name}\n{self.grid.name}\n{rows} {columns}\n".encode())
+        digest = start_digest(name, self.grid.name, self.shape)
         digest.update(np.ascontiguousarray(self.codes).data)
         digest.update(np.ascontiguousarray(self.scale, "<f4").data)
         return digest.hexdigest()
+
+
+def start_digest(name: str, kind: str, shape: Sequence[int]) -> hashlib._Hash:
+    """The sha256 of one tensor before its content; `kind` is a grid's name or "float32".
+
+    Codes and then scales follow row by row, so a tensor can be hashed while it is made.
+    """
+    return hashlib.sha256(f"{name}\n{kind}\n{' '.join(map(str, shape))}\n".encode())
 
 
 def weights_digest(digests: Mapping[str, str]) -> str:

@@ -1,0 +1,344 @@
+"""The commands: each reads as the story of one verb; nothing heavy is imported at the top."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn, TypeVar
+
+import click
+
+from . import console
+from .errors import SlimportError, UsageError
+from .recipe import Recipe, from_environment, load, parse_adapter, template
+from .settings import format_size
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def _options(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
+    """Several click options as one decorator, first one first in --help."""
+
+    def decorate(command: Command) -> Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+output_options = _options(
+    click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout."),
+    click.option("-q", "--quiet", is_flag=True, help="No progress on stderr."),
+    click.option("--debug", is_flag=True, help="A traceback with errors."),
+)
+source_options = _options(
+    click.argument("model", required=False),
+    click.option("--config", type=click.Path(), help="A recipe; default ./slimport.toml."),
+    click.option("--adapter", multiple=True, metavar="NAME=PATH[:SCALE]", help="A LoRA adapter."),
+    click.option("--adapter-mode", type=click.Choice(["merged", "separate"])),
+    click.option("--revision", help="Of a hub model."),
+    click.option("--offline", is_flag=True, help="Never reach out to a hub."),
+    click.option("--name", help="What the bundle calls the model."),
+)
+quantize_options = _options(
+    click.option("--preset", help="int4 (default), int4-all, int4-signed, int8."),
+    click.option("--method", help="gptq (default), rtn, rtn-absmax."),
+    click.option(
+        "--grid", multiple=True, metavar="PATTERN=GRID", help="A grid for weights by name."
+    ),
+    click.option("--calibration", type=click.Path(), help="Text for methods that calibrate."),
+)
+text_options = _options(
+    click.option("--eval", "eval_text", type=click.Path(), help="Held-out text, judged on."),
+    click.option("--eval-ood", type=click.Path(), help="Out-of-distribution text."),
+)
+
+
+def _recipe(model: str | None, config: str | None, **flags: Any) -> Recipe:
+    """Flags over environment over slimport.toml."""
+    path = Path(config or "slimport.toml")
+    if config or path.exists():
+        recipe = load(path)
+    elif model is None:
+        raise UsageError(
+            "no model to work on",
+            "there is no slimport.toml here, and no MODEL was given",
+            "run `slimport init` to write one, or give a folder or hub id",
+        )
+    else:
+        recipe = Recipe()
+    recipe = recipe.override(**from_environment(os.environ))
+    adapters: dict[str, Any] = {}
+    for words in flags.pop("adapter", ()):
+        adapters |= parse_adapter(words)
+    patterns = dict(_pattern(words) for words in flags.pop("grid", ()))
+    given = {key: value for key, value in flags.items() if value not in (None, ())}
+    if "eval_text" in given:
+        given["eval"] = given.pop("eval_text")
+    return recipe.override(
+        model=model, adapters=adapters or None, patterns=patterns or None, **given
+    )
+
+
+def _pattern(words: str) -> tuple[str, str]:
+    pattern, equals, grid = words.rpartition("=")
+    if not (pattern and equals and grid):
+        raise UsageError(
+            f"--grid {words}", "it needs a pattern and a grid", "write PATTERN=GRID"
+        )
+    return pattern, grid
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False))
+
+
+class _Group(click.Group):
+    """Commands in the order in which a newcomer meets them."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="slimport")
+def cli() -> None:
+    """Quantize a language model once, ship those very codes to every phone.
+
+    \b
+    slimport init                       # write a commented slimport.toml
+    slimport export --target android    # a verified device bundle in dist/android
+    slimport check dist/android         # its budgets: exit code 3 when one is broken
+    """
+
+
+@cli.command()
+@click.option("--output", default="slimport.toml", type=click.Path(), show_default=True)
+@click.option("--model", help="A folder or hub id to fill in.")
+@output_options
+def init(output: str, model: str | None, as_json: bool, quiet: bool, debug: bool) -> None:
+    """Write a commented slimport.toml."""
+    words = template()
+    if model:
+        words = words.replace('"Qwen/Qwen2.5-0.5B-Instruct"', json.dumps(model), 1)
+    try:
+        with Path(output).open("x", encoding="utf-8") as file:
+            file.write(words)
+    except FileExistsError:
+        raise UsageError(
+            f"{output} exists", "init never overwrites", "edit it, or give another --output"
+        ) from None
+    if as_json:
+        _print_json({"schema": "slimport.init/1", "written": output})
+    else:
+        print(f"wrote {output}: set its model, then run `slimport export`")
+
+
+@cli.command()
+@source_options
+@click.option("--target", multiple=True, help="A device profile, or its TOML file; repeats.")
+@click.option("--container", help="In place of the target's first choice.")
+@quantize_options
+@text_options
+@click.option("-o", "--output", type=click.Path(), help="Receives one bundle per target.")
+@click.option("--pre", help="tokenizer.ggml.pre, where it cannot be derived.")
+@click.option("--no-validate", is_flag=True, help="Skip validation; the manifest says so.")
+@click.option("--dry-run", is_flag=True, help="Plan, sizes and refusals; writes nothing.")
+@output_options
+def export(
+    no_validate: bool,
+    dry_run: bool,
+    offline: bool,
+    pre: str | None,
+    as_json: bool,
+    quiet: bool,
+    debug: bool,
+    target: tuple[str, ...],
+    **flags: Any,
+) -> None:
+    """Quantize MODEL, pack it, judge it, and write a bundle per target.
+
+    MODEL is a folder or a hub id; without it everything comes from slimport.toml.
+
+    \b
+    slimport export
+    slimport export ./model --adapter support=./lora --target android -o dist
+    slimport export ./model --method rtn --target galaxy-s24 --dry-run
+    """
+    from . import pipeline, views
+
+    recipe = _recipe(**flags, targets=target)
+    if dry_run:
+        forecast = pipeline.forecast(recipe, offline=offline, pre=pre)
+        _print_json(forecast.to_json()) if as_json else views.forecast(forecast)
+        return
+    with console.progress(quiet) as progress:
+        bundles = pipeline.export(
+            recipe, offline=offline, pre=pre, validate=not no_validate, progress=progress
+        )
+    if as_json:
+        _print_json({"schema": "slimport.export/1", "bundles": [b.to_json() for b in bundles]})
+    else:
+        for bundle in bundles:
+            views.bundle(bundle)
+
+
+@cli.command()
+@source_options
+@quantize_options
+@click.option("-o", "--output", required=True, type=click.Path(), help="The new folder.")
+@output_options
+def quantize(
+    offline: bool, output: str, as_json: bool, quiet: bool, debug: bool, **flags: Any
+) -> None:
+    """Write the quantized checkpoint of MODEL: codes and scales, from which exports can start."""
+    from . import pipeline
+
+    recipe = _recipe(**flags)
+    with console.progress(quiet) as progress:
+        quantized = pipeline.quantize(recipe, Path(output), offline=offline, progress=progress)
+    if as_json:
+        _print_json(quantized)
+    else:
+        print(f"{output}  {quantized['weights_digest']}")
+
+
+@cli.command()
+@source_options
+@quantize_options
+@output_options
+def inspect(offline: bool, as_json: bool, quiet: bool, debug: bool, **flags: Any) -> None:
+    """Show what MODEL, its tokenizer and its adapters are, and what the plan makes of them.
+
+    MODEL may also be a bundle or a .gguf file.
+    """
+    from . import pipeline, views
+
+    found = pipeline.inspect(_recipe(**flags), offline=offline)
+    _print_json(found) if as_json else views.inspection(found)
+
+
+@cli.command()
+@click.argument("bundle", type=click.Path())
+@source_options
+@text_options
+@output_options
+def validate(
+    bundle: str, offline: bool, as_json: bool, quiet: bool, debug: bool, **flags: Any
+) -> None:
+    """Judge BUNDLE again, against the full-precision MODEL and adapter that it was made from."""
+    from . import pipeline, views
+
+    recipe = _recipe(**flags)
+    with console.progress(quiet) as progress:
+        judged = pipeline.validate(Path(bundle), recipe, offline=offline, progress=progress)
+    _print_json(judged) if as_json else views.report(judged)
+
+
+@cli.command()
+@click.argument("bundle", type=click.Path())
+@output_options
+def check(bundle: str, as_json: bool, quiet: bool, debug: bool) -> int:
+    """Compare what was measured of BUNDLE with its budgets; exit code 3 when one is broken."""
+    from . import pipeline, views
+
+    budgets = pipeline.check(Path(bundle))
+    rows = [budget.to_json() for budget in budgets]
+    if as_json:
+        _print_json({"schema": "slimport.check/1", "budgets": rows})
+    else:
+        views.budgets(rows)
+    return 0 if all(budget.ok for budget in budgets) else 3
+
+
+@cli.command()
+@click.argument("bundle", type=click.Path())
+@output_options
+def verify(bundle: str, as_json: bool, quiet: bool, debug: bool) -> None:
+    """Check every file of BUNDLE against its manifest, and the codes in it against their digest."""
+    from . import pipeline
+
+    verified = pipeline.verify(Path(bundle))
+    if as_json:
+        _print_json(verified)
+    else:
+        files = f"{verified['files']} files, {format_size(verified['bytes'])}"
+        print(f"{bundle} is intact: {files}, {verified['weights_digest']}")
+
+
+@cli.command()
+@output_options
+def targets(as_json: bool, quiet: bool, debug: bool) -> None:
+    """List the device profiles."""
+    from . import views
+    from .targets.target import load_target, names
+
+    profiles = [load_target(name) for name in names()]
+    if as_json:
+        listed = [profile.to_json() for profile in profiles]
+        _print_json({"schema": "slimport.targets/1", "targets": listed})
+    else:
+        views.targets(profiles)
+
+
+@cli.command()
+@output_options
+def doctor(as_json: bool, quiet: bool, debug: bool) -> int:
+    """Say what is installed, which containers work, and the command that cures the rest."""
+    from . import pipeline, views
+
+    checks = pipeline.doctor()
+    rows = [row.to_json() for row in checks]
+    if as_json:
+        _print_json({"schema": "slimport.doctor/1", "checks": rows})
+    else:
+        views.doctor(rows)
+    return 0 if all(row.ok for row in checks) else 6
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns its exit code and prints errors as three lines on stderr."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    signal.signal(signal.SIGTERM, _terminated)
+    try:
+        result = cli.main(words, prog_name="slimport", standalone_mode=False)
+        sys.stdout.flush()
+        return result if isinstance(result, int) else 0
+    except SlimportError as error:
+        if "--debug" in words:
+            traceback.print_exc()
+        console.show_error(error)
+        return error.exit_code
+    except click.ClickException as error:
+        context = getattr(error, "ctx", None)
+        path = context.command_path if context else "slimport"
+        console.show_error(UsageError(error.format_message(), "usage", f"run `{path} --help`"))
+        return 2
+    except (KeyboardInterrupt, click.exceptions.Abort):
+        return 130
+    except BrokenPipeError:
+        # The reader of our stdout is gone; keep the interpreter from flushing into it again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except Exception as error:
+        if "--debug" in words:
+            traceback.print_exc()
+        name = type(error).__name__
+        console.show_error(
+            SlimportError(
+                "internal error", f"{name}: {error}", "run it again with --debug and report it"
+            )
+        )
+        return 1
+
+
+def _terminated(signum: int, frame: FrameType | None) -> NoReturn:
+    """SIGTERM unwinds like Ctrl-C, so that nothing half-written stays."""
+    sys.exit(143)

@@ -1,0 +1,99 @@
+"""The GGUF container: one file that llama.cpp maps and runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy.typing as npt
+
+from ...architectures import DecoderConfig
+from ...quantize.grid import Float32
+from ...quantize.plan import Plan
+from ...quantize.store import QuantizedCheckpoint
+from ...quantize.tensor import QuantizedTensor
+from ...tokenizer import Tokenizer
+from ..container import ReadBack
+from . import compare, layout, reader
+from .adapter import predict_adapter, refuse_adapter, write_adapter
+from .metadata import model_metadata, rope_factors
+from .packing import float_bytes, packed_rows, row_order
+from .vocabulary import vocabulary_metadata
+from .writer import TensorInfo, Value, file_bytes, write_file
+
+__all__ = [
+    "NAME",
+    "check",
+    "predict",
+    "predict_adapter",
+    "read_back",
+    "refuse",
+    "refuse_adapter",
+    "write",
+    "write_adapter",
+]
+
+NAME = "gguf"
+FILE = "model.gguf"
+
+
+def refuse(config: DecoderConfig, plan: Plan, tokenizer: Tokenizer) -> None:
+    """Raise Unsupported if GGUF or llama.cpp cannot hold this exactly."""
+    layout.tensor_infos(config, plan)
+    vocabulary_metadata(tokenizer, config.vocab_size)
+
+
+def predict(config: DecoderConfig, plan: Plan, tokenizer: Tokenizer, name: str) -> dict[str, int]:
+    """{file name: bytes}, to the byte; `name` is the model's."""
+    infos = layout.tensor_infos(config, plan)
+    return {FILE: file_bytes(_metadata(config, plan, tokenizer, name), infos)}
+
+
+def write(model: QuantizedCheckpoint, tokenizer: Tokenizer, folder: Path) -> list[Path]:
+    """Write `model.gguf` tensor by tensor and fsync it.
+
+    Raises:
+        Unsupported: as `refuse`, or a float weight beyond float16.
+    """
+    config, plan = model.decoder, model.plan
+    infos = layout.tensor_infos(config, plan)
+    metadata = _metadata(config, plan, tokenizer, model.name)
+    write_file(folder / FILE, metadata, infos, _data(model, infos))
+    return [folder / FILE]
+
+
+def read_back(
+    folder: Path, config: DecoderConfig, grids: Mapping[str, str]
+) -> Iterator[tuple[str, QuantizedTensor | Float32]]:
+    """Every weight of the finished file, by a reader that shares no code with the packer."""
+    return reader.read_back(folder / FILE, config, grids)
+
+
+def check(model: QuantizedCheckpoint, folder: Path) -> ReadBack:
+    """Compare every code, scale and value with `model`, ggml's dequantizers included."""
+    return compare.check(model, folder / FILE)
+
+
+def _metadata(
+    config: DecoderConfig, plan: Plan, tokenizer: Tokenizer, name: str
+) -> dict[str, Value]:
+    infos = layout.tensor_infos(config, plan)
+    vocabulary = vocabulary_metadata(tokenizer, config.vocab_size)
+    return model_metadata(config, name, infos) | vocabulary
+
+
+def _data(
+    model: QuantizedCheckpoint, infos: list[TensorInfo]
+) -> Iterator[Iterable[npt.NDArray[Any]]]:
+    """The bytes of every tensor, in parts."""
+    config = model.decoder
+    for choice, info in zip(model.plan.choices, infos, strict=False):
+        tensor = model.load(choice.weight.name)
+        order = row_order(choice.weight, config)
+        if isinstance(tensor, QuantizedTensor):
+            yield packed_rows(tensor, order)
+        else:
+            yield [float_bytes(info, tensor, order)]
+    if config.rope.kind == "llama3":
+        yield [rope_factors(config.rope, config.head_dim)]

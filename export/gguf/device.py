@@ -1,0 +1,55 @@
+"""What a phone needs to run the file: the oldest llama.cpp build, and code that loads it.
+
+Builds are llama.cpp's release tags, chosen a little after the change they need was merged; each
+names that change. Slimport itself judges with one recent build only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from string import Template
+
+from ...architectures import DecoderConfig
+from ...tokenizer import Tokenizer
+
+# (what a file may need, release that has it, the pull request that brought it)
+_ARCHITECTURES = {
+    "llama": (3000, "tied embeddings and pre-tokenizers of Llama files, #6920"),
+    "qwen2": (3000, "the Qwen2 pre-tokenizer, #7114"),
+    "qwen3": (5092, "the Qwen3 architecture, #12828"),
+}
+_LLAMA3_ROPE = (3500, "the rope_freqs tensor of Llama 3.1, #8676")
+_ADAPTER = (4000, "GGUF adapters, #8332")
+_OLD_TOKENIZERS = ("gpt-2", "llama-bpe", "qwen2")  # pre-tokenizers that those builds know
+_OTHER_TOKENIZER = (5092, "a pre-tokenizer added after 2024")
+
+
+def minimum_runtime(config: DecoderConfig, tokenizer: Tokenizer, separate: bool) -> tuple[str, str]:
+    """The oldest llama.cpp build that reads the file, such as "b3000", and what it is needed for."""
+    needs = [_ARCHITECTURES[config.family.gguf]]
+    if config.rope.kind == "llama3":
+        needs.append(_LLAMA3_ROPE)
+    if tokenizer.kind == "bpe" and tokenizer.pre not in _OLD_TOKENIZERS:
+        needs.append(_OTHER_TOKENIZER)
+    if separate:
+        needs.append(_ADAPTER)
+    build, reason = max(needs)
+    return f"b{build}", reason
+
+
+def readme(fields: Mapping[str, str], adapters: list[str]) -> str:
+    """The bundle's README.md; `fields` fill README.bundle.md, `adapters` are file names."""
+    template = Template((Path(__file__).parent / "README.bundle.md").read_text(encoding="utf-8"))
+    rows = "".join(f"| `{name}` | a LoRA adapter, applied at run time |\n" for name in adapters)
+    return template.substitute(fields, adapter_row=rows, adapter_code=_adapter_code(adapters))
+
+
+def _adapter_code(adapters: list[str]) -> str:
+    if not adapters:
+        return ""
+    return (
+        f'llama_adapter_lora * adapter = llama_adapter_lora_init(model, "{adapters[0]}");\n'
+        "float scale = 1.0f;                                   // the true scale is in the file\n"
+        "llama_set_adapters_lora(context, &adapter, 1, &scale);"
+    )

@@ -1,0 +1,75 @@
+"""What a GGUF file says about its model: llama.cpp's keys (gguf-py `constants.py`)."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+
+import numpy as np
+from gguf import GGMLQuantizationType as Type
+from gguf import LlamaFileType
+
+from ...architectures import DecoderConfig, Rope
+from ...quantize.grid import Float32
+from .writer import TensorInfo, Value
+
+QUANTIZATION_VERSION = 2
+_FILE_TYPES = {
+    Type.F32: LlamaFileType.ALL_F32,
+    Type.F16: LlamaFileType.MOSTLY_F16,
+    Type.Q4_0: LlamaFileType.MOSTLY_Q4_0,
+    Type.Q8_0: LlamaFileType.MOSTLY_Q8_0,
+}
+
+
+def model_metadata(config: DecoderConfig, name: str, tensors: list[TensorInfo]) -> dict[str, Value]:
+    """Keys of the model; `name` is for people and never a path."""
+    values: dict[str, Value] = {
+        "general.architecture": config.family.gguf,
+        "general.type": "model",
+        "general.quantization_version": QUANTIZATION_VERSION,
+        "general.file_type": int(_file_type(tensors)),
+    }
+    # llama.cpp strips spaces around special tokens of any model with this in its name.
+    if not any(mark in name.lower() for mark in ("phi3", "phi-3")):
+        values["general.name"] = name
+    hyper: dict[str, Value] = {
+        "vocab_size": config.vocab_size,
+        "context_length": config.context_length,
+        "embedding_length": config.hidden_size,
+        "block_count": config.layers,
+        "feed_forward_length": config.intermediate_size,
+        "attention.head_count": config.heads,
+        "attention.head_count_kv": config.kv_heads,
+        "attention.key_length": config.head_dim,
+        "attention.value_length": config.head_dim,
+        "attention.layer_norm_rms_epsilon": config.rms_norm_eps,
+        "rope.dimension_count": config.head_dim,
+        "rope.freq_base": config.rope.theta,
+    }
+    if config.rope.kind == "linear":
+        hyper |= {"rope.scaling.type": "linear", "rope.scaling.factor": config.rope.factor}
+    return values | {f"{config.family.gguf}.{key}": value for key, value in hyper.items()}
+
+
+def rope_factors(rope: Rope, head_dim: int) -> Float32:
+    """What llama3 rope divides each frequency by: float32 (head_dim / 2,).
+
+    From Llama 3.1's reference code: long wavelengths are slowed by `factor`, short ones kept, and
+    those between are mixed.
+    """
+    exponent = np.arange(0, head_dim, 2, dtype=np.float64) / head_dim
+    wavelength = 2 * math.pi * rope.theta**exponent
+    turns = rope.original_context / wavelength
+    smooth = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+    smooth = np.clip(smooth, 0.0, 1.0)
+    factors: Float32 = (1 / ((1 - smooth) / rope.factor + smooth)).astype(np.float32)
+    return factors
+
+
+def _file_type(tensors: list[TensorInfo]) -> LlamaFileType:
+    """Named after the type of most weights."""
+    weights: Counter[Type] = Counter()
+    for info in tensors:
+        weights[info.type] += math.prod(info.shape)
+    return _FILE_TYPES[weights.most_common(1)[0][0]]

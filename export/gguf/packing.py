@@ -1,0 +1,151 @@
+"""Codes and scales into ggml's blocks, bit for bit (block layouts: ggml's `ggml-common.h`).
+
+Q4_0: an fp16 scale, then 16 bytes; byte j holds code j in its low and code 16 + j in its high
+nibble, each plus 8. Q8_0: an fp16 scale, then 32 int8 codes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from gguf import GGMLQuantizationType as Type
+
+from ...architectures import DecoderConfig, Kind, Weight
+from ...errors import Unsupported
+from ...quantize.compiled import compiled
+from ...quantize.grid import Float32, Int8
+from ...quantize.tensor import QuantizedTensor
+from .writer import TensorInfo
+
+UInt8 = npt.NDArray[np.uint8]
+UInt16 = npt.NDArray[np.uint16]
+Index = npt.NDArray[np.int64]
+
+FP16_MAX = 65504
+BLOCK = 32  # weights that share one scale in Q4_0 and Q8_0
+TYPES = {
+    "int4-g32": Type.Q4_0,
+    "int4-g32-signed": Type.Q4_0,
+    "int8-g32": Type.Q8_0,
+    "int8-row": Type.Q8_0,  # the row's scale stands in each of its blocks
+}
+_CHUNK = 1 << 22  # weights packed at a time by one thread
+
+
+def pack(tensor: QuantizedTensor) -> UInt8:
+    """The ggml blocks of a matrix: uint8 (rows, bytes per row), type `TYPES[tensor.grid.name]`.
+
+    Raises:
+        Unsupported: rows do not divide into blocks, or a scale is not exact in fp16.
+    """
+    rows, columns = tensor.shape
+    blocks = columns // BLOCK
+    if columns % BLOCK:
+        raise _not_blocks(columns)
+    half = np.broadcast_to(_exact_half(tensor.scale), (rows, blocks))
+    nibbles = TYPES[tensor.grid.name] is Type.Q4_0
+    packed = np.empty((rows, blocks, 18 if nibbles else 34), np.uint8)
+    codes = np.ascontiguousarray(tensor.codes).reshape(rows, blocks, BLOCK)
+    (_pack_q4_0 if nibbles else _pack_q8_0)(codes, half, packed)
+    return packed.reshape(rows, -1)
+
+
+def packed_rows(
+    tensor: QuantizedTensor, order: Index | None = None, threads: int = 2
+) -> Iterator[UInt8]:
+    """`pack`, some rows at a time and `threads` of these at once.
+
+    Args:
+        tensor: codes (rows, columns), columns divisible by 32.
+        order: the source row that each row of the file holds; None keeps the order.
+        threads: the bytes do not depend on it.
+    """
+    rows, columns = tensor.shape
+    step = max(1, _CHUNK // columns)
+
+    def chunk(start: int) -> UInt8:
+        part = slice(start, start + step)
+        taken = part if order is None else order[part]
+        return pack(QuantizedTensor(tensor.grid, tensor.codes[taken], tensor.scale[taken]))
+
+    with ThreadPoolExecutor(threads) as pool:
+        yield from pool.map(chunk, range(0, rows, step))
+
+
+def row_order(weight: Weight, config: DecoderConfig) -> Index | None:
+    """The source row held by each row of the file; None: as in the source.
+
+    Hugging Face keeps the two halves of a rotary pair half a head apart, llama.cpp's `llama`
+    keeps them side by side, in q and k alike.
+    """
+    if weight.kind not in (Kind.Q, Kind.K) or not config.family.interleaved_rope:
+        return None
+    halves = np.arange(weight.shape[0]).reshape(-1, 2, config.head_dim // 2)
+    return halves.swapaxes(1, 2).reshape(-1)
+
+
+def float_bytes(info: TensorInfo, weight: Float32, order: Index | None = None) -> npt.NDArray[Any]:
+    """A weight without a grid, as F32 or rounded to F16.
+
+    Raises:
+        Unsupported: a weight is beyond fp16's largest number.
+    """
+    ordered = weight if order is None else weight[order]
+    if info.type is Type.F32:
+        return np.ascontiguousarray(ordered, "<f4")
+    largest = float(np.abs(weight).max(initial=0))
+    if not largest <= FP16_MAX:
+        raise Unsupported(
+            f"{info.name}: its largest weight {largest:.6g} does not fit float16",
+            f"float16 ends at {FP16_MAX}, and nothing is clipped silently",
+            "give this weight a grid, or export a model whose weights are in range",
+        )
+    return np.ascontiguousarray(ordered, "<f2")
+
+
+def _exact_half(scale: Float32) -> UInt16:
+    with np.errstate(over="ignore"):
+        half = scale.astype("<f2")
+    if not np.array_equal(half.astype(np.float32), scale):
+        raise Unsupported(
+            "a scale is not exact in fp16",
+            "ggml's blocks hold fp16 scales, and rounding one would change its weights",
+            "quantize again: slimport rounds scales to 8 significant bits before choosing codes",
+        )
+    return half.view("<u2")
+
+
+def _not_blocks(columns: int) -> Unsupported:
+    return Unsupported(
+        f"rows of {columns} codes do not divide into blocks of {BLOCK}",
+        "Q4_0 and Q8_0 share one scale among 32 weights of a row",
+        "leave this weight in float16",
+    )
+
+
+@compiled
+def _pack_q4_0(codes: Int8, half: UInt16, packed: UInt8) -> None:
+    rows, blocks, _ = codes.shape
+    for row in range(rows):
+        for block in range(blocks):
+            packed[row, block, 0] = half[row, block] & 0xFF
+            packed[row, block, 1] = half[row, block] >> 8
+            for j in range(16):
+                low = np.uint8(codes[row, block, j] + 8)
+                high = np.uint8(codes[row, block, j + 16] + 8)
+                packed[row, block, 2 + j] = low | (high << 4)
+
+
+@compiled
+def _pack_q8_0(codes: Int8, half: UInt16, packed: UInt8) -> None:
+    rows, blocks, _ = codes.shape
+    for row in range(rows):
+        for block in range(blocks):
+            packed[row, block, 0] = half[row, block] & 0xFF
+            packed[row, block, 1] = half[row, block] >> 8
+            for j in range(32):
+                packed[row, block, 2 + j] = np.uint8(codes[row, block, j])

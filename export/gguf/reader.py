@@ -1,0 +1,301 @@
+"""An independent GGUF reader: a file back to codes, scales and source names.
+
+Shares no code with packing.py or writer.py and does not use gguf's reader, so a mistake in either
+cannot hide here. Every length is checked against the file before it is used: a hostile file is
+BadInput, never a crash or a large allocation.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ...architectures import DecoderConfig, Kind, Weight, weights
+from ...errors import BadInput
+from ...quantize.compiled import compiled
+from ...quantize.ggml import Type
+from ...quantize.grid import GRIDS, Float32, Grid, Int8
+from ...quantize.tensor import QuantizedTensor
+
+UInt8 = npt.NDArray[np.uint8]
+
+# (weights, bytes) of a block
+_BLOCKS = {Type.F32: (1, 4), Type.F16: (1, 2), Type.Q4_0: (32, 18), Type.Q8_0: (32, 34)}
+_GRID_TYPES = {
+    "int4-g32": Type.Q4_0,
+    "int4-g32-signed": Type.Q4_0,
+    "int8-g32": Type.Q8_0,
+    "int8-row": Type.Q8_0,
+}
+_STRING, _ARRAY = 8, 9
+_SCALARS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}  # as struct names them
+_MAX_DIMENSIONS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A tensor as it stands in the file.
+
+    Attributes:
+        type: ggml's type.
+        shape: rows first, as in numpy.
+        rows: uint8 (rows, bytes per row), a view of the file; one row for a vector.
+    """
+
+    name: str
+    type: Type
+    shape: tuple[int, ...]
+    rows: UInt8
+
+
+@dataclass(frozen=True, slots=True)
+class GGUF:
+    """A parsed file: metadata by key, tensors by llama.cpp's name, in file order."""
+
+    path: Path
+    metadata: Mapping[str, Any]
+    tensors: Mapping[str, Stored]
+
+
+def open_gguf(path: Path) -> GGUF:
+    """Parse and map a file; tensor data is read when it is touched.
+
+    Raises:
+        BadInput: not a GGUF file of version 3, truncated, or inconsistent.
+    """
+    try:
+        with path.open("rb") as file:
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except (OSError, ValueError) as error:
+        raise _broken(path, f"it cannot be mapped: {error}") from error
+    cursor = _Cursor(path, mapped)
+    magic, version, tensor_count, pair_count = cursor.unpack("4sIQQ")
+    if magic != b"GGUF" or version != 3:
+        raise _broken(path, f"it starts with {magic!r}, version {version}, not b'GGUF', version 3")
+    metadata: dict[str, Any] = {}
+    for _ in range(pair_count):
+        key = cursor.string()
+        if key in metadata:
+            raise _broken(path, f"the key {key} stands twice")
+        metadata[key] = cursor.value(cursor.unpack("I")[0])
+    infos = [cursor.tensor_info() for _ in range(tensor_count)]
+    return GGUF(path, metadata, _tensors(path, mapped, cursor.position, metadata, infos))
+
+
+def read_back(
+    path: Path, config: DecoderConfig, grids: Mapping[str, str]
+) -> Iterator[tuple[str, QuantizedTensor | Float32]]:
+    """Every weight of a finished file, under its source name and in source row order.
+
+    Args:
+        path: the file.
+        config: of the decoder that the file should hold.
+        grids: {source name: grid name} of the quantized weights.
+
+    Raises:
+        BadInput: malformed, a weight missing or unexpected, or of another type or shape.
+    """
+    file = open_gguf(path)
+    for weight, stored in matched(file, config):
+        yield weight.name, unpack(path, stored, weight, config, grids.get(weight.name))
+
+
+def matched(file: GGUF, config: DecoderConfig) -> list[tuple[Weight, Stored]]:
+    """Each weight of the decoder with its tensor; nothing missing, nothing left over."""
+    expected = {weight.gguf: weight for weight in weights(config)}
+    extra = {"rope_freqs.weight"} if config.rope.kind == "llama3" else set()
+    difference = (set(expected) | extra) ^ set(file.tensors)
+    if difference:
+        name = min(difference)
+        state = "missing" if name not in file.tensors else "unexpected"
+        raise _broken(file.path, f"the tensor {name} is {state}")
+    for name, weight in expected.items():
+        if file.tensors[name].shape != weight.shape:
+            shape = file.tensors[name].shape
+            raise _broken(file.path, f"{name} has shape {shape} instead of {weight.shape}")
+    return [(weight, file.tensors[name]) for name, weight in expected.items()]
+
+
+def unpack(
+    path: Path, stored: Stored, weight: Weight, config: DecoderConfig, grid: str | None
+) -> QuantizedTensor | Float32:
+    """One tensor in source row order: on its grid, or float32 where `grid` is None."""
+    expected = {_GRID_TYPES.get(grid)} if grid else {Type.F32, Type.F16}
+    if stored.type not in expected:
+        raise _broken(
+            path, f"{stored.name} is {stored.type.name}, which does not hold {grid or 'float'}"
+        )
+    rows = source_rows(weight, config)
+    if grid is None:
+        values = stored.rows.view("<f4" if stored.type is Type.F32 else "<f2").astype(np.float32)
+        restored = np.empty_like(values.reshape(stored.shape))
+        restored[rows] = values.reshape(stored.shape)
+        return restored
+    return unpack_rows(path, stored, rows, GRIDS[grid])
+
+
+def unpack_rows(
+    path: Path, stored: Stored, source: npt.NDArray[np.int64], grid: Grid
+) -> QuantizedTensor:
+    """Codes and scales of a Q4_0 or Q8_0 tensor whose row i is row source[i] of the result.
+
+    Raises:
+        BadInput: one scale per row is expected, and its blocks do not repeat it.
+    """
+    codes = np.empty(stored.shape, np.int8)
+    scale = np.empty((stored.shape[0], stored.shape[1] // 32), np.float32)
+    (_unpack_nibbles if stored.type is Type.Q4_0 else _unpack_bytes)(stored.rows, source, codes)
+    scale[source] = _scales(stored)
+    return QuantizedTensor(grid, codes, scale if grid.group else _collapse(path, stored, scale))
+
+
+def source_rows(weight: Weight, config: DecoderConfig) -> npt.NDArray[np.int64]:
+    """The source row of each row in the file.
+
+    llama.cpp's `llama` rotates neighbours, so pair i of a head stands in rows 2i and 2i + 1 there
+    and in rows i and i + head_dim / 2 of the source.
+    """
+    row: npt.NDArray[np.int64] = np.arange(weight.shape[0])
+    if config.family.gguf != "llama" or weight.kind not in (Kind.Q, Kind.K):
+        return row
+    head, within = np.divmod(row, config.head_dim)
+    source: npt.NDArray[np.int64] = (
+        head * config.head_dim + within // 2 + within % 2 * (config.head_dim // 2)
+    )
+    return source
+
+
+def _scales(stored: Stored) -> Float32:
+    block = _BLOCKS[stored.type][1]
+    blocks = stored.rows.reshape(stored.shape[0], -1, block)
+    return np.ascontiguousarray(blocks[:, :, :2]).view("<f2")[:, :, 0].astype(np.float32)
+
+
+def _collapse(path: Path, stored: Stored, scale: Float32) -> Float32:
+    """One scale per row, which its blocks must repeat."""
+    differing = np.argwhere(scale != scale[:, :1])
+    if differing.size:
+        row, block = differing[0]
+        why = f"row {row} has another scale in block {block} than in block 0"
+        raise _broken(path, f"{stored.name}: {why}")
+    return np.ascontiguousarray(scale[:, :1])
+
+
+@compiled
+def _unpack_nibbles(rows: UInt8, source: npt.NDArray[np.int64], codes: Int8) -> None:
+    for row in range(rows.shape[0]):
+        for block in range(codes.shape[1] // 32):
+            for j in range(32):
+                byte = rows[row, block * 18 + 2 + j % 16]
+                nibble = byte >> 4 if j >= 16 else byte & 0x0F
+                codes[source[row], block * 32 + j] = np.int8(nibble) - 8
+
+
+@compiled
+def _unpack_bytes(rows: UInt8, source: npt.NDArray[np.int64], codes: Int8) -> None:
+    for row in range(rows.shape[0]):
+        for block in range(codes.shape[1] // 32):
+            for j in range(32):
+                codes[source[row], block * 32 + j] = np.int8(rows[row, block * 34 + 2 + j])
+
+
+@dataclass(frozen=True, slots=True)
+class _Info:
+    name: str
+    shape: tuple[int, ...]
+    type: Type
+    offset: int
+
+
+class _Cursor:
+    """Reads little-endian values, never past the end of the file."""
+
+    def __init__(self, path: Path, data: mmap.mmap) -> None:
+        self.path = path
+        self.data = data
+        self.position = 0
+
+    def take(self, count: int) -> bytes:
+        if count > len(self.data) - self.position:
+            raise _broken(
+                self.path, f"{count} bytes are needed at {self.position} of {len(self.data)}"
+            )
+        self.position += count
+        return self.data[self.position - count : self.position]
+
+    def unpack(self, layout: str) -> tuple[Any, ...]:
+        return struct.unpack("<" + layout, self.take(struct.calcsize("<" + layout)))
+
+    def string(self) -> str:
+        raw = self.take(self.unpack("Q")[0])
+        try:
+            return raw.decode()
+        except UnicodeDecodeError:
+            raise _broken(self.path, f"a string before {self.position} is not UTF-8") from None
+
+    def value(self, kind: int) -> Any:
+        if kind == _STRING:
+            return self.string()
+        if kind in _SCALARS:
+            return self.unpack(_SCALARS[kind])[0]
+        if kind != _ARRAY:
+            raise _broken(self.path, f"value type {kind} before {self.position} is unknown")
+        element, count = self.unpack("IQ")
+        if element == _STRING:
+            return [self.string() for _ in range(count)]
+        if element not in _SCALARS:
+            raise _broken(self.path, f"an array of type {element} before {self.position}")
+        layout = np.dtype("<" + _SCALARS[element])
+        return np.frombuffer(self.take(count * layout.itemsize), layout)
+
+    def tensor_info(self) -> _Info:
+        name = self.string()
+        (dimensions,) = self.unpack("I")
+        if not 1 <= dimensions <= _MAX_DIMENSIONS:
+            raise _broken(self.path, f"the tensor {name} has {dimensions} dimensions")
+        shape = self.unpack(f"{dimensions}Q")
+        kind, offset = self.unpack("IQ")
+        if kind not in _BLOCKS:
+            raise _broken(self.path, f"the tensor {name} has ggml type {kind}")
+        return _Info(name, shape[::-1], Type(kind), offset)
+
+
+def _tensors(
+    path: Path, data: mmap.mmap, end: int, metadata: Mapping[str, Any], infos: list[_Info]
+) -> dict[str, Stored]:
+    alignment = metadata.get("general.alignment", 32)
+    if not isinstance(alignment, int) or alignment < 8 or alignment & (alignment - 1):
+        raise _broken(path, f"the alignment {alignment!r} is no power of two")
+    start = -(-end // alignment) * alignment
+    tensors: dict[str, Stored] = {}
+    free = 0
+    for info in sorted(infos, key=lambda info: info.offset):
+        size = _size(path, info)
+        if info.name in tensors or info.offset % alignment or info.offset < free:
+            raise _broken(path, f"{info.name} stands twice, overlaps or is not aligned")
+        free = info.offset + size
+        if start + free > len(data):
+            raise _broken(path, f"{info.name} ends at {start + free} of {len(data)} bytes")
+        raw = np.frombuffer(data, np.uint8, size, start + info.offset)
+        rows = math.prod(info.shape[:-1])
+        tensors[info.name] = Stored(info.name, info.type, info.shape, raw.reshape(rows, -1))
+    return tensors
+
+
+def _size(path: Path, info: _Info) -> int:
+    block, size = _BLOCKS[info.type]
+    if 0 in info.shape or info.shape[-1] % block:
+        raise _broken(path, f"{info.name}: no {info.type.name} tensor has shape {info.shape}")
+    return math.prod(info.shape) // block * size
+
+
+def _broken(path: Path, why: str) -> BadInput:
+    return BadInput(f"{path.name} is not the GGUF file it should be", why, "export it again")

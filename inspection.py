@@ -1,0 +1,145 @@
+"""Looking without changing: what a model, a bundle or a GGUF file is, and what is installed."""
+
+from __future__ import annotations
+
+import importlib
+import platform
+import sys
+from collections import Counter
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from . import bundle
+from .errors import DependencyMissing
+from .export.gguf import reader
+from .quantize import ggml
+from .quantize.plan import Plan
+from .recipe import Recipe
+from .source import open_source, plan_of
+
+_LIBRARIES = ("torch", "transformers", "peft", "safetensors", "tokenizers", "numba", "gguf", "rich")
+
+
+def inspect(recipe: Recipe, *, offline: bool = False) -> dict[str, Any]:
+    """What `recipe.model` is: a bundle, a .gguf file, or a model with its adapters and plan.
+
+    Raises:
+        SlimportError: as opening it does.
+    """
+    path = Path(recipe.model) if recipe.model else None
+    if path and path.suffix == ".gguf":
+        return _gguf(path)
+    if path and (path / bundle.MANIFEST).is_file():
+        manifest = bundle.read_manifest(path)
+        shown = {key: value for key, value in manifest.items() if key not in ("weights", "config")}
+        return {"schema": "slimport.inspect/1", "kind": "bundle", **shown}
+    return _model(recipe, offline)
+
+
+def _model(recipe: Recipe, offline: bool) -> dict[str, Any]:
+    source = open_source(recipe, offline=offline)
+    plan = plan_of(recipe, source)
+    decoder = source.decoder
+    tokenizer = source.tokenizer
+    return {
+        "schema": "slimport.inspect/1",
+        "kind": "model",
+        "name": source.name,
+        "decoder": asdict(decoder) | {"family": decoder.family.model_type},
+        "parameters": parameters(plan),
+        "tokenizer": {
+            "kind": tokenizer.kind,
+            "pre": tokenizer.pre,
+            "eos_ids": list(tokenizer.eos_ids),
+            "adds_bos": tokenizer.adds_bos,
+            "chat_template": tokenizer.chat_template is not None,
+        },
+        "adapters": [
+            {
+                "name": entry.name,
+                "kind": adapter.kind,
+                "weights": len(adapter.deltas),
+                "scale": entry.scale,
+                "base": adapter.base_name,
+                "separate": adapter.why_not_separate is None,
+            }
+            for entry, adapter in source.adapters
+        ],
+        "plan": plan.to_json() | {"summary": grid_summary(plan)},
+    }
+
+
+def parameters(plan: Plan) -> int:
+    """Weights of the decoder; a tied table counts once."""
+    total = 0
+    for choice in plan.choices:
+        count = 1
+        for side in choice.weight.shape:
+            count *= side
+        total += count
+    return total
+
+
+def grid_summary(plan: Plan) -> list[dict[str, Any]]:
+    """Weights and bytes of codes and scales by grid and method."""
+    weights: Counter[tuple[str, str]] = Counter()
+    sizes: Counter[tuple[str, str]] = Counter()
+    for choice in plan.choices:
+        if not choice.weight.is_matrix:
+            continue
+        rows, columns = choice.weight.shape
+        key = (choice.grid.name if choice.grid else "float16", choice.method)
+        weights[key] += 1
+        sizes[key] += choice.grid.bytes_of((rows, columns)) if choice.grid else 2 * rows * columns
+    return [
+        {"grid": grid, "method": method, "weights": count, "bytes": sizes[grid, method]}
+        for (grid, method), count in sorted(weights.items())
+    ]
+
+
+def _gguf(path: Path) -> dict[str, Any]:
+    file = reader.open_gguf(path)
+    types = Counter(tensor.type.name for tensor in file.tensors.values())
+    scalars = {k: v for k, v in file.metadata.items() if not isinstance(v, list | tuple)}
+    return {
+        "schema": "slimport.inspect/1",
+        "kind": "gguf",
+        "bytes": path.stat().st_size,
+        "tensors": dict(sorted(types.items())),
+        "metadata": {key: value for key, value in scalars.items() if len(str(value)) < 200},
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One thing that a machine needs; `cure` is the command that brings it."""
+
+    name: str
+    ok: bool
+    found: str
+    cure: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def doctor() -> list[Check]:
+    """What is installed, and which containers work here."""
+    checks = [Check("python", sys.version_info >= (3, 11), platform.python_version())]
+    checks += [_library(name) for name in _LIBRARIES]
+    try:
+        ggml.library()
+        checks.append(Check("container gguf", True, ggml.version()))
+    except DependencyMissing as error:
+        checks.append(Check("container gguf", False, error.why, error.cure))
+    return checks
+
+
+def _library(name: str) -> Check:
+    try:
+        importlib.import_module(name)
+        return Check(name, True, version(name))
+    except (ImportError, OSError, PackageNotFoundError) as error:
+        return Check(name, False, str(error), f"pip install -c constraints.txt {name}")

@@ -1,0 +1,279 @@
+"""Quantize a model: full-precision weights in, a quantized checkpoint on disk out.
+
+Everything streams in the order of the forward pass. RTN works on blocks of rows in threads, GPTQ
+on one decoder layer; anonymous memory does not depend on the number of layers.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass, replace
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..architectures import DecoderConfig, decoder_config
+from ..checkpoint import Weights
+from ..errors import Unsupported, UsageError
+from . import store
+from .compiled import compiled
+from .grid import SCALE_CEILING, SCALE_FLOOR, Float32, Grid, Int8
+from .methods import rtn
+from .packing import UInt8, pack
+from .plan import FLOAT, Choice, Plan
+from .store import Origin, QuantizedCheckpoint, Record
+from .tensor import QuantizedTensor, start_digest
+
+if TYPE_CHECKING:
+    from .calibration import Windows
+
+Progress = Callable[[str, int, int], None]
+
+_BLOCK = 1 << 21  # weights in one block of rows: 8 MB as float32
+_ADDED_LIMIT = 0.01  # relative RMSE that the floor of the scales may add
+_LANES = 32
+
+
+def quantize(
+    weights: Weights,
+    config: dict[str, Any],
+    plan: Plan,
+    folder: Path,
+    *,
+    calibration: Windows | None,
+    tokenizer_folder: Path,
+    progress: Progress,
+    origin: Origin | None = None,
+) -> QuantizedCheckpoint:
+    """Quantize `weights` by `plan` into `folder`, which appears only when it is complete.
+
+    Args:
+        weights: full precision, adapters merged; `rows` is called from several threads.
+        config: config.json of these weights.
+        calibration: windows for calibrated methods; not used without one.
+        tokenizer_folder: where tokenizer and licence files are copied from.
+        progress: called with (stage, weights done, weights in all).
+
+    Raises:
+        UsageError: a calibrated method without windows, or `folder` holds something else.
+        Unsupported: scales of a weight are outside of what every container holds.
+        EnvironmentFailed: the disk is full or read-only.
+    """
+    if all(choice.method != "gptq" for choice in plan.choices):
+        calibration = None
+    elif calibration is None:
+        raise UsageError(
+            "method gptq has no calibration windows",
+            "it chooses codes by what the layers receive for real text",
+            "give a text with --calibration FILE, or choose --method rtn",
+        )
+    origin = origin or Origin()
+    with store.replacing(folder) as partial, ThreadPoolExecutor(_threads()) as pool:
+        blocks = _blocks(weights, decoder_config(config), plan, calibration, pool)
+        with closing(blocks):
+            records = _write(blocks, plan, partial, progress)
+        digest = calibration.digest if calibration else None
+        with store.writing(folder):
+            store.write_metadata(partial, config, plan, origin, digest, records, tokenizer_folder)
+    return QuantizedCheckpoint.open(folder)
+
+
+def _threads() -> int:
+    return min(len(os.sched_getaffinity(0)), 8)
+
+
+@dataclass(frozen=True, slots=True)
+class _Block:
+    """Some rows of a weight, done.
+
+    Attributes:
+        values: int8 codes, or float32 values of a weight without a grid.
+        stored: the same as they are written.
+        scale: of codes.
+        error, norm: sums of squares, of the error and of the weights.
+        added: the part of `error` that comes from the limits of scales.
+    """
+
+    name: str
+    values: Int8 | Float32
+    stored: UInt8 | Float32
+    scale: Float32 | None = None
+    error: float = 0.0
+    norm: float = 0.0
+    added: float = 0.0
+
+
+def _blocks(
+    weights: Weights,
+    config: DecoderConfig,
+    plan: Plan,
+    windows: Windows | None,
+    pool: ThreadPoolExecutor,
+) -> Generator[_Block, None, None]:
+    """All blocks in the order of the plan."""
+    if windows is None:
+        yield from _by_rows(weights, plan.choices, pool)
+        return
+    from .calibration import layer_hessians  # torch is loaded only to calibrate
+    from .methods import gptq
+
+    with closing(layer_hessians(weights, config, windows)) as stream:
+        solved: dict[str, Float32] | None = None
+        for shard in store.shards(plan):
+            if shard[0].weight.layer is None:
+                yield from _by_rows(weights, shard, pool)
+                continue
+            _, hessians = next(stream) if solved is None else stream.send(solved)
+            solved = {}
+            for choice in shard:
+                name, grid = choice.weight.name, choice.grid
+                if choice.method != "gptq" or grid is None:
+                    yield from _by_rows(weights, (choice,), pool)
+                    continue
+                values = weights.rows(name)
+                tensor = gptq.solve(values, grid, hessians[name])
+                solved[name] = tensor.dequantize()
+                yield _quantized_block(name, values, tensor)
+
+
+def _by_rows(
+    weights: Weights, choices: Iterable[Choice], pool: ThreadPoolExecutor
+) -> Iterator[_Block]:
+    """Blocks of rows in order, solved a few ahead in threads."""
+    waiting: deque[Future[_Block]] = deque()
+    for choice in choices:
+        rows, *rest = choice.weight.shape
+        step = max(1, _BLOCK // math.prod(rest))
+        for start in range(0, rows, step):
+            waiting.append(pool.submit(_solve_rows, weights, choice, start, start + step))
+            if len(waiting) > _threads():
+                yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
+
+
+def _solve_rows(weights: Weights, choice: Choice, start: int, stop: int) -> _Block:
+    name = choice.weight.name
+    values = weights.rows(name, start, stop)
+    if choice.grid is None:
+        values = np.ascontiguousarray(values, "<f4")
+        return _Block(name, values, values)
+    tensor = rtn.solve(values, choice.grid, search=choice.method != "rtn-absmax")
+    return _quantized_block(name, values, tensor)
+
+
+def _quantized_block(name: str, values: Float32, tensor: QuantizedTensor) -> _Block:
+    codes, scale = tensor.codes, tensor.scale
+    table = np.ascontiguousarray(values).reshape(scale.size, -1)
+    error, norm = _squares(table, codes.reshape(table.shape), scale.reshape(-1))
+    added = _added_by_limits(table, scale.reshape(-1), tensor.grid)
+    return _Block(name, codes, pack(codes, tensor.grid.bits), scale, error, norm, added)
+
+
+def _added_by_limits(table: Float32, scale: Float32, grid: Grid) -> float:
+    """Squared error that SCALE_FLOOR and SCALE_CEILING add to the groups of `table`.
+
+    The same groups are solved again times a power of two that takes their scales off the limits.
+    """
+    alone = replace(grid, group=None)  # each group as a row of its own
+    added = 0.0
+    for limit, power in ((SCALE_FLOOR, 2.0**30), (SCALE_CEILING, 2.0**-30)):
+        bound = table[np.abs(scale) == limit]
+        if bound.size:
+            added += _rtn_error(bound, alone)
+            added -= _rtn_error(bound * np.float32(power), alone) / power**2
+    return max(added, 0.0)
+
+
+def _rtn_error(table: Float32, grid: Grid) -> float:
+    tensor = rtn.solve(table, grid)
+    return _squares(table, tensor.codes, tensor.scale.reshape(-1))[0]
+
+
+@compiled
+def _squares(table: Float32, codes: Int8, scale: Float32) -> tuple[float, float]:
+    """Sums of squares over `table` (groups, size): of its error under codes and scale, of itself.
+
+    In lanes, as everything that has to be the same on any CPU.
+    """
+    error = np.zeros(_LANES)
+    norm = np.zeros(_LANES)
+    groups, size = table.shape
+    whole = size - size % _LANES
+    for group in range(groups):
+        step = scale[group]
+        for first in range(0, whole, _LANES):
+            for lane in range(_LANES):
+                value = table[group, first + lane]
+                miss = value - step * np.float32(codes[group, first + lane])
+                error[lane] += miss * miss
+                norm[lane] += value * value
+        for j in range(whole, size):
+            value = table[group, j]
+            miss = value - step * np.float32(codes[group, j])
+            error[j - whole] += miss * miss
+            norm[j - whole] += value * value
+    return error.sum(), norm.sum()
+
+
+def _write(
+    blocks: Iterator[_Block], plan: Plan, folder: Path, progress: Progress
+) -> dict[str, Record]:
+    """Write every shard; {name: record} in the order of the plan."""
+    total = sum(math.prod(choice.weight.shape) for choice in plan.choices)
+    done = 0
+
+    def counted() -> Iterator[_Block]:
+        nonlocal done
+        for block in blocks:
+            yield block
+            done += block.values.size
+            progress("quantize", done, total)
+
+    by_weight = groupby(counted(), lambda block: block.name)
+    shards = store.shards(plan)
+    records = {}
+    for index, shard in enumerate(shards):
+        with store.open_shard(folder, index, len(shards), shard) as append:
+            for choice in shard:
+                name, parts = next(by_weight)
+                records[name] = _write_weight(choice, parts, append)
+    return records
+
+
+def _write_weight(choice: Choice, blocks: Iterable[_Block], append: store.Append) -> Record:
+    weight, grid = choice.weight, choice.grid
+    digest = start_digest(weight.name, grid.name if grid else "float32", weight.shape)
+    scales = []
+    error = norm = added = 0.0
+    for block in blocks:
+        append(block.stored.data)
+        digest.update(block.values.data)
+        error, norm, added = error + block.error, norm + block.norm, added + block.added
+        if block.scale is not None:
+            scales.append(block.scale)
+    if grid is None:
+        return Record(digest.hexdigest())
+    scale = np.concatenate(scales)
+    append(scale.astype("<f2").data)
+    digest.update(scale.astype("<f4").data)
+    relative = math.sqrt(error / norm) if norm else 0.0
+    without = math.sqrt(max(error - added, 0.0) / norm) if norm else 0.0
+    return _checked(weight.name, Record(digest.hexdigest(), relative, relative - without))
+
+
+def _checked(name: str, record: Record) -> Record:
+    if record.added <= _ADDED_LIMIT:
+        return record
+    raise Unsupported(
+        f"{name}: its scales lie outside of 2^-17 to {SCALE_CEILING:.0f}",
+        f"float16 holds no such scale; the nearest ones add {record.added:.1%} relative error",
+        f'rescale the weight in training, or leave it as it is: "{name}" = "{FLOAT}"',
+    )

@@ -1,0 +1,371 @@
+"""slimport.toml as frozen dataclasses; an unknown key or a wrong value is refused with its path.
+
+Precedence: flags > environment (SLIMPORT_...) > slimport.toml > target profile. The first three
+meet here: `load(path).override(**from_environment(os.environ)).override(**flags)`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from .errors import UsageError
+from .settings import (
+    METRICS,
+    Place,
+    Reader,
+    limit_of,
+    names,
+    number,
+    read_table,
+    read_toml,
+    switch,
+    text,
+    whole,
+    wrong,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterSource:
+    """A PEFT folder and the factor on its delta."""
+
+    name: str
+    path: Path
+    scale: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Quantize:
+    """How weights become codes.
+
+    Attributes:
+        preset, method: names that quantize/plan.py and quantize/methods know.
+        search: whether RTN searches its scales.
+        patterns: fnmatch pattern on the weight name -> grid name or "float16".
+        calibration_windows, calibration_length: windows of calibration text, tokens in each.
+    """
+
+    preset: str = "int4"
+    method: str = "gptq"
+    search: bool = True
+    patterns: Mapping[str, str] = field(default_factory=dict)
+    calibration_windows: int = 128
+    calibration_length: int = 512
+
+
+@dataclass(frozen=True, slots=True)
+class Texts:
+    """Plain text or JSONL files; None: sampled from the full-precision model."""
+
+    calibration: Path | None = None
+    eval: Path | None = None
+    eval_ood: Path | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Validate:
+    """How much text the artifact is judged on: windows, and tokens in each."""
+
+    windows: int = 64
+    window_length: int = 512
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """Everything an export needs to know.
+
+    Attributes:
+        source: the file's name as messages show it.
+        model: the absolute path of a folder, or a hub id.
+        output: folder that receives one bundle per target.
+        targets: profile names, or absolute paths of TOML files.
+        budgets: metric -> limit, in place of the target's.
+    """
+
+    source: str = "slimport.toml"
+    model: str | None = None
+    revision: str | None = None
+    name: str | None = None
+    version: str | None = None
+    output: Path = Path("dist")
+    targets: tuple[str, ...] = ()
+    container: str | None = None
+    adapters: tuple[AdapterSource, ...] = ()
+    adapter_mode: str = "merged"
+    quantize: Quantize = field(default_factory=Quantize)
+    texts: Texts = field(default_factory=Texts)
+    validate: Validate = field(default_factory=Validate)
+    budgets: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def model_is_local(self) -> bool:
+        return self.model is not None and Path(self.model).is_absolute()
+
+    def override(self, **given: Any) -> Recipe:
+        """This recipe with every value that is not None; names as in the file, sections left out.
+
+        Relative paths are relative to the working directory. `patterns` and `budgets` are added
+        to what stands, anything else takes its place.
+
+        Raises:
+            UsageError: an unknown name or a wrong value.
+        """
+        recipe = self
+        for name, value in given.items():
+            if value is not None:
+                recipe = _with(recipe, name, value, f"--{name.replace('_', '-')}")
+        return recipe
+
+    def to_json(self) -> dict[str, Any]:
+        """What the manifest records: no local paths, only the last component of each."""
+        table = asdict(self)
+        del table["source"], table["output"]
+        return table | {
+            "model": Path(self.model).name if self.model and self.model_is_local else self.model,
+            "targets": [Path(target).name for target in self.targets],
+            "adapters": {adapter.name: {"scale": adapter.scale} for adapter in self.adapters},
+            "texts": {name: path and path.name for name, path in asdict(self.texts).items()},
+        }
+
+
+OTHER_VARIABLES = frozenset({"SLIMPORT_CACHE"})  # read elsewhere, not part of a recipe
+
+
+def load(path: Path) -> Recipe:
+    """Read a recipe; paths in it are relative to its folder.
+
+    Raises:
+        UsageError: no such file, not TOML, an unknown key or a wrong value.
+    """
+    folder = path.absolute().parent
+    table = read_toml(path)
+    known = _ROOT | {name: _section(name) for name in _SECTIONS}
+    found = read_table(table, known, Place(path.name, folder))
+    return Recipe(source=path.name, **{"output": folder / "dist", **found})
+
+
+def from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
+    """The SLIMPORT_ variables as arguments of `Recipe.override`; lists are split at commas.
+
+    Raises:
+        UsageError: a SLIMPORT_ variable that is no text, number, switch or list of a recipe.
+    """
+    given: dict[str, Any] = {}
+    for variable, words in sorted(environ.items()):
+        if not variable.startswith("SLIMPORT_") or variable in OTHER_VARIABLES:
+            continue
+        name = variable.removeprefix("SLIMPORT_").lower()
+        reader = _flat_readers().get(name)
+        if reader is None or reader in _TABLES:
+            raise UsageError(
+                f"{variable} is not a variable that slimport knows",
+                "an ignored setting would be a silent one",
+                "unset it; what a variable cannot say stands in slimport.toml",
+            )
+        given[name] = _from_text(words, reader, variable)
+    return given
+
+
+def _from_text(words: str, reader: Reader, variable: str) -> Any:
+    """The text of an environment variable as the TOML value that its reader expects."""
+    if reader is _targets:
+        return [part.strip() for part in words.split(",") if part.strip()]
+    if reader is switch:
+        return {"1": True, "true": True, "0": False, "false": False}.get(words.lower(), words)
+    if reader is whole:
+        try:
+            return int(words)
+        except ValueError:
+            raise wrong(Place(variable, Path()), words, "a whole number above zero") from None
+    return words
+
+
+def parse_adapter(words: str) -> dict[str, Any]:
+    """`NAME=PATH` or `NAME=PATH:scale` from the command line, for `override(adapters=...)`.
+
+    Raises:
+        UsageError: it has another form.
+    """
+    name, equals, path = words.partition("=")
+    if not (name and equals and path):
+        raise UsageError(
+            f"--adapter {words}", "an adapter needs a name and a folder", "write NAME=PATH[:scale]"
+        )
+    stem, colon, scale = path.rpartition(":")
+    if colon and re.fullmatch(r"-?\d+(\.\d+)?", scale):
+        return {name: {"path": stem, "scale": float(scale)}}
+    return {name: path}
+
+
+def _path(value: Any, place: Place) -> Path:
+    words = str(value) if isinstance(value, Path) else value
+    return place.folder / Path(text(words, place)).expanduser()
+
+
+def _existing(value: Any, place: Place) -> Path:
+    path = _path(value, place)
+    if not path.exists():
+        raise UsageError(
+            f"{place.words}: {value} does not exist",
+            f"it was looked for in {place.folder}",
+            "correct the path",
+        )
+    return path
+
+
+def _model(value: Any, place: Place) -> str:
+    """A folder as an absolute path, or a hub id as it is."""
+    words = text(str(value) if isinstance(value, Path) else value, place)
+    if (place.folder / words).exists() or words.startswith((".", "/", "~")):
+        return str(_existing(words, place))
+    if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", words, re.ASCII):
+        return words
+    raise wrong(place, value, "a folder that exists or a hub id such as Qwen/Qwen2.5-0.5B")
+
+
+def _adapters(value: Any, place: Place) -> tuple[AdapterSource, ...]:
+    if not isinstance(value, dict):
+        raise wrong(place, value, "a table of names and paths")
+    return tuple(_adapter(name, source, place.key(name)) for name, source in value.items())
+
+
+def _adapter(name: str, source: Any, place: Place) -> AdapterSource:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        raise wrong(place, name, "letters, digits, dots, dashes: it becomes a file name")
+    table = source if isinstance(source, dict) else {"path": source}
+    found = read_table(table, {"path": _existing, "scale": number}, place)
+    if "path" not in found:
+        raise wrong(place, source, "a path, or a table with path and scale")
+    return AdapterSource(name=name, **found)
+
+
+def _texts_by_name(value: Any, place: Place) -> dict[str, str]:
+    return read_table(value, dict.fromkeys(value, text) if isinstance(value, dict) else {}, place)
+
+
+def _budgets(value: Any, place: Place) -> dict[str, float]:
+    return read_table(value, {metric: limit_of(metric) for metric in METRICS}, place)
+
+
+def _adapter_mode(value: Any, place: Place) -> str:
+    if value not in ("merged", "separate"):
+        raise wrong(place, value, '"merged" or "separate"')
+    return str(value)
+
+
+def _targets(value: Any, place: Place) -> tuple[str, ...]:
+    return tuple(
+        str(_existing(name, place)) if name.endswith(".toml") else name
+        for name in names(value, place)
+    )
+
+
+_ROOT: dict[str, Reader] = {
+    "model": _model,
+    "revision": text,
+    "name": text,
+    "version": text,
+    "output": _path,
+    "targets": _targets,
+    "container": text,
+    "adapters": _adapters,
+    "adapter_mode": _adapter_mode,
+    "budgets": _budgets,
+}
+_SECTIONS: dict[str, tuple[type[Quantize | Texts | Validate], dict[str, Reader]]] = {
+    "quantize": (
+        Quantize,
+        {
+            "preset": text,
+            "method": text,
+            "search": switch,
+            "patterns": _texts_by_name,
+            "calibration_windows": whole,
+            "calibration_length": whole,
+        },
+    ),
+    "texts": (Texts, {"calibration": _existing, "eval": _existing, "eval_ood": _existing}),
+    "validate": (Validate, {"windows": whole, "window_length": whole}),
+}
+_TABLES = (_adapters, _texts_by_name, _budgets)  # what an environment variable cannot say
+
+
+def _section(name: str) -> Reader:
+    kind, readers = _SECTIONS[name]
+    return lambda value, place: kind(**read_table(value, readers, place))
+
+
+def _flat_readers() -> dict[str, Reader]:
+    """Every key by its own name; no name stands in two sections."""
+    flat = dict(_ROOT)
+    for _, readers in _SECTIONS.values():
+        flat |= readers
+    return flat
+
+
+def _with(recipe: Recipe, name: str, value: Any, where: str) -> Recipe:
+    """`recipe` with one value replaced, wherever its key stands."""
+    readers = _flat_readers()
+    if name not in readers:
+        raise UsageError(
+            f"{where} is not a key of a recipe", f"the keys are {', '.join(readers)}", "correct it"
+        )
+    read = readers[name](value, Place(where, Path.cwd()))
+    section = next((part for part, (_, keys) in _SECTIONS.items() if name in keys), None)
+    owner: Any = getattr(recipe, section) if section else recipe
+    if name in ("patterns", "budgets"):
+        read = {**getattr(owner, name), **read}
+    changed = replace(owner, **{name: read})
+    return replace(recipe, **{section: changed}) if section else changed
+
+
+def template() -> str:
+    """A commented slimport.toml; every commented key shows its default."""
+    return _TEMPLATE
+
+
+_TEMPLATE = """\
+# slimport.toml: what to export, and for which devices. Paths are relative to this file.
+# Precedence: flags > environment (SLIMPORT_...) > this file > target profile.
+
+model = "Qwen/Qwen2.5-0.5B-Instruct"  # a folder, or a hub id
+# revision = "main"                   # of a hub id; a commit keeps exports reproducible
+# name = "assistant"                  # as the bundle calls the model
+# version = "1.0.0"
+targets = ["android"]                 # `slimport targets` lists them; or the path of your own
+# container = "gguf"                  # in place of the target's first choice
+# output = "dist"                     # receives one bundle per target
+
+# adapter_mode = "merged"             # or "separate": shipped beside the base
+# [adapters]
+# support = "adapters/support"        # a PEFT folder
+# style = { path = "adapters/style", scale = 0.5 }
+
+# [quantize]
+# preset = "int4"                     # int4, int4-all, int4-signed, int8
+# method = "gptq"                     # or "rtn": needs no text
+# search = true                       # rtn: search the scales
+# calibration_windows = 128
+# calibration_length = 512            # tokens in each
+# [quantize.patterns]                 # weight names -> a grid, or "float16"
+# "model.layers.0.*" = "int8-row"
+
+# [texts]                             # plain text or JSONL; without them the model writes its own
+# calibration = "texts/train.txt"
+# eval = "texts/held_out.txt"
+# eval_ood = "texts/out_of_distribution.txt"
+
+# [validate]
+# windows = 64
+# window_length = 512                 # tokens in each
+
+# [budgets]                           # in place of the target's
+# download_bytes = "200 MB"
+# memory_bytes = "1.4 GiB"
+# kl_mean = 0.1                       # nats per token, at most
+# top1 = 0.85                         # share of tokens, at least
+"""

@@ -1,0 +1,99 @@
+"""What every verb starts from: a model, its adapters and tokenizer, opened and checked.
+
+Only headers, config and tokenizer are read here; weights follow row by row when they are needed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from .adapters.lora import Adapter, read_adapter
+from .adapters.merge import Merged, merged_config
+from .architectures import DecoderConfig, check_weights, decoder_config
+from .checkpoint import Checkpoint, Weights
+from .errors import Unsupported, UsageError
+from .quantize.plan import Plan, make_plan
+from .recipe import AdapterSource, Recipe
+from .tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A full-precision model with its adapters.
+
+    Attributes:
+        name: what bundles call it.
+        checkpoint: the base.
+        adapters: each with the recipe's entry for it.
+        mode: "merged" or "separate".
+        weights: what is quantized: the base, or base and adapter merged.
+        config: config.json of `weights`.
+        decoder: the same, understood.
+    """
+
+    name: str
+    checkpoint: Checkpoint
+    adapters: tuple[tuple[AdapterSource, Adapter], ...]
+    mode: str
+    weights: Weights
+    config: dict[str, Any]
+    decoder: DecoderConfig
+    tokenizer: Tokenizer
+
+
+def open_source(recipe: Recipe, *, offline: bool = False, pre: str | None = None) -> Source:
+    """Open everything a recipe names.
+
+    Raises:
+        UsageError: no model, or a path that does not exist.
+        Unsupported: a family, config key or adapter that cannot be held exactly.
+        BadInput: anything unreadable, corrupt or inconsistent.
+    """
+    if recipe.model is None:
+        raise UsageError(
+            f"{recipe.source} names no model", "an export starts from one", "set `model` in it"
+        )
+    base = Checkpoint.open(recipe.model, revision=recipe.revision, offline=offline)
+    decoder = decoder_config(base.config)
+    check_weights(decoder, base)
+    adapters = tuple(
+        (entry, read_adapter(entry.path, entry.name, base, decoder)) for entry in recipe.adapters
+    )
+    weights: Weights = base
+    config = dict(base.config)
+    if recipe.adapter_mode == "merged" and adapters:
+        entry, adapter = _only(adapters)
+        weights = Merged(base, adapter, entry.scale)
+        config = merged_config(base.config, adapter)
+    return Source(
+        name=recipe.name or base.name,
+        checkpoint=base,
+        adapters=adapters,
+        mode=recipe.adapter_mode,
+        weights=weights,
+        config=config,
+        decoder=decoder_config(config),
+        tokenizer=Tokenizer.open(base.folder, pre=pre),
+    )
+
+
+def plan_of(recipe: Recipe, source: Source) -> Plan:
+    """The recipe's grids and methods for this model."""
+    method = recipe.quantize.method
+    if method == "rtn" and not recipe.quantize.search:
+        method = "rtn-absmax"
+    return make_plan(source.decoder, recipe.quantize.preset, method, recipe.quantize.patterns)
+
+
+def _only(
+    adapters: tuple[tuple[AdapterSource, Adapter], ...],
+) -> tuple[AdapterSource, Adapter]:
+    if len(adapters) > 1:
+        names = ", ".join(entry.name for entry, _ in adapters)
+        raise Unsupported(
+            f"{len(adapters)} adapters cannot be merged together: {names}",
+            "merged mode takes one adapter",
+            "keep one --adapter, or ship them beside the base with --adapter-mode separate",
+        )
+    return adapters[0]

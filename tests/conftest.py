@@ -1,0 +1,219 @@
+"""Tiny random models of every family, written to disk without a network.
+
+The folders are shared by the whole session: a test that damages one copies it first.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers
+from tokenizers import pre_tokenizers as pre
+from tokenizers.processors import TemplateProcessing
+from tokenizers.trainers import BpeTrainer
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+from transformers.utils import logging
+
+torch.set_num_threads(2)
+logging.disable_progress_bar()
+
+MakeModel = Callable[..., Path]
+
+TEXT = """Once upon a time there was a little fox who lived under an old oak tree near the river.
+Every morning the fox walked to the water, looked at the fishes and said: "Good morning, fishes!"
+The fishes didn't answer, because they'd never learnt to talk; they're quiet, we've been told.
+One day, in 1984, it rained for 40 days and 40 nights. The river rose over the fields and the fox
+had to climb. He'll tell you about it: "I was wet, I was cold, I wasn't afraid. I'm a fox!"
+def add(first, second):
+    return first + second  # the sum of 12345 and 67890 is 80235
+Der Fuchs schläft heute früh. El zorro comió piñas en la montaña. Le renard est à l'école.
+The little girl and the little boy played in the garden with the red ball and the blue ball.
+She was happy, he was happy, and they all went home to eat bread with honey and drink milk.
+"""
+BOS, EOS, PAD, START, END = "<|bos|>", "<|eos|>", "<|pad|>", "<|im_start|>", "<|im_end|>"
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{{ message['content'] | trim }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+SPLITS = {
+    "llama3": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    "qwen2": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+}
+FAMILIES = {
+    "llama": (LlamaConfig, LlamaForCausalLM, "gpt2"),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM, "qwen2"),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM, "qwen2"),
+}
+CONFIG = dict(
+    vocab_size=416,  # more than the tokenizer has, as in many real models
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=256,
+    tie_word_embeddings=True,
+    rms_norm_eps=1e-5,
+)
+
+
+def _byte_level(style: str) -> Tokenizer:
+    """400 tokens: 5 special, the 256 bytes, merges, and one added token that is not special."""
+    tokenizer = Tokenizer(models.BPE(ignore_merges=style == "llama3"))
+    if style == "gpt2":
+        tokenizer.pre_tokenizer = pre.ByteLevel(add_prefix_space=False)
+    else:
+        split = pre.Split(Regex(SPLITS[style]), "isolated")
+        level = pre.ByteLevel(add_prefix_space=False, use_regex=False)
+        tokenizer.pre_tokenizer = pre.Sequence([split, level])
+    if style == "qwen2":
+        tokenizer.normalizer = normalizers.NFC()
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = BpeTrainer(
+        vocab_size=399,
+        special_tokens=[BOS, EOS, PAD, START, END],
+        initial_alphabet=pre.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(TEXT.splitlines(keepends=True), trainer)
+    tokenizer.add_tokens([AddedToken("<tool_call>", special=False, normalized=False)])
+    if style != "qwen2":
+        tokenizer.post_processor = TemplateProcessing(
+            single=f"{BOS} $A", special_tokens=[(BOS, tokenizer.token_to_id(BOS))]
+        )
+    return tokenizer
+
+
+def _sentencepiece() -> Tokenizer:
+    """Like Llama-2's tokenizer.json: 259 special and byte tokens, merged pieces, characters."""
+    mark = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    trained = Tokenizer(models.BPE())
+    trained.normalizer = mark
+    trained.pre_tokenizer = pre.Metaspace(prepend_scheme="never")
+    trained.train_from_iterator(TEXT.splitlines(), BpeTrainer(vocab_size=140, show_progress=False))
+    learnt = sorted(trained.get_vocab(), key=trained.token_to_id)
+    pieces = ["<unk>", BOS, EOS, *(f"<0x{byte:02X}>" for byte in range(256))]
+    pieces += [piece for piece in learnt if len(piece) > 1]
+    pieces += [piece for piece in learnt if len(piece) == 1]
+    vocab = {piece: index for index, piece in enumerate(pieces)}
+    merges = [
+        (piece[:cut], piece[cut:])
+        for piece in pieces[259:]
+        for cut in range(1, len(piece))
+        if piece[:cut] in vocab and piece[cut:] in vocab
+    ]
+    tokenizer = Tokenizer(
+        models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    )
+    tokenizer.normalizer = mark
+    tokenizer.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    special = ["<unk>", BOS, EOS, PAD, START, END]
+    tokenizer.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in special])
+    tokenizer.post_processor = TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, 1)])
+    return tokenizer
+
+
+def _write_tokenizer(folder: Path, style: str) -> Tokenizer:
+    tokenizer = _sentencepiece() if style == "spm" else _byte_level(style)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": BOS,
+        "eos_token": EOS,
+        "pad_token": PAD,
+        "add_bos_token": style != "qwen2",
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": 256,
+    }
+    if style == "spm":
+        settings["unk_token"] = "<unk>"
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2))
+    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    return tokenizer
+
+
+def _randomize(model: torch.nn.Module, seed: int) -> None:
+    """Weights of std 0.15 (norms near 1), so that logits differ by whole units."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator) * 0.15
+            parameter.copy_(1.0 + noise if "norm" in name else noise)
+
+
+@pytest.fixture(scope="session")
+def make_model(tmp_path_factory: pytest.TempPathFactory) -> MakeModel:
+    """make_model(family, tokenizer=..., dtype=..., shard_size=..., seed=..., **config) -> folder.
+
+    `family` is llama, qwen2 or qwen3; `tokenizer` is gpt2, llama3, qwen2 or spm; `config`
+    overrides CONFIG (hidden 64, ffn 96, 2 layers, 4 heads, 2 kv heads, context 256, tied). Equal
+    arguments give the same folder.
+    """
+    made: dict[str, Path] = {}
+
+    def make(
+        family: str,
+        *,
+        tokenizer: str | None = None,
+        dtype: str = "float32",
+        shard_size: str = "1GB",
+        seed: int = 0,
+        **overrides: Any,
+    ) -> Path:
+        key = repr((family, tokenizer, dtype, shard_size, seed, sorted(overrides.items())))
+        if key not in made:
+            config_class, model_class, style = FAMILIES[family]
+            folder = tmp_path_factory.mktemp(f"tiny-{family}")
+            ids = _write_tokenizer(folder, tokenizer or style)
+            special = {
+                f"{name}_token_id": ids.token_to_id(token)
+                for name, token in (("bos", BOS), ("eos", EOS), ("pad", PAD))
+            }
+            head_dim = {"head_dim": 32} if family == "qwen3" else {}
+            config = config_class(**(CONFIG | head_dim | special | overrides))
+            model = model_class(config)
+            _randomize(model, seed)
+            model.to(getattr(torch, dtype))
+            model.generation_config.eos_token_id = [ids.token_to_id(END), ids.token_to_id(EOS)]
+            model.save_pretrained(folder, max_shard_size=shard_size)
+            made[key] = folder
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(make_model: MakeModel) -> Path:
+    return make_model("llama")
+
+
+@pytest.fixture(scope="session")
+def tiny_qwen2(make_model: MakeModel) -> Path:
+    return make_model("qwen2")
+
+
+@pytest.fixture(scope="session")
+def tiny_qwen3(make_model: MakeModel) -> Path:
+    return make_model("qwen3", num_hidden_layers=3)

@@ -1,0 +1,129 @@
+"""Separate LoRA files: base and adapter in llama.cpp beside base and adapter in peft."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import gguf as upstream
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from slimport.adapters.adapter import Adapter
+from slimport.adapters.lora import read_adapter
+from slimport.checkpoint import Checkpoint
+from slimport.errors import Unsupported
+from slimport.export import gguf
+from slimport.export.gguf import layout
+from slimport.export.gguf.reader import open_gguf
+from slimport.tokenizer import Tokenizer
+from slimport.validation.runtimes import llamacpp
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # peft warns about tied tables, rightly
+
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+EVERY = [*ATTENTION, "gate_proj", "up_proj", "down_proj"]
+VARIANTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "every linear": ("llama", {}, {"target_modules": EVERY, "r": 8, "lora_alpha": 12}),
+    "rslora": ("llama", {}, {"target_modules": ATTENTION, "r": 6, "use_rslora": True}),
+    "patterns": (
+        "llama",
+        {},
+        {
+            "target_modules": EVERY,
+            "r": 4,
+            "lora_alpha": 8,
+            "rank_pattern": {"q_proj": 10, "down_proj": 2},
+            "alpha_pattern": {"q_proj": 5, "v_proj": 16},
+        },
+    ),
+    "qwen2": ("qwen2", {}, {"target_modules": EVERY, "r": 4}),
+    "qwen3": ("qwen3", {}, {"target_modules": EVERY, "r": 4}),
+    "tables": (
+        "llama",
+        {"tie_word_embeddings": False},
+        {"target_modules": ["embed_tokens", "lm_head", "q_proj"], "r": 4, "lora_alpha": 16},
+    ),
+}
+
+
+def trained(folder: Path, target: Path, settings: dict[str, Any]) -> Any:
+    """A peft model with random factors of a size that shows, saved to `target`."""
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **settings))
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    model.save_pretrained(target, save_embedding_layers=False)
+    return model.eval()
+
+
+def loaded(folder: Path, target: Path, config: Any) -> Adapter:
+    return read_adapter(target, "tone", Checkpoint.open(folder), config)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_llama_cpp_applies_what_peft_trained(
+    variant: str, make_model: Any, in_memory: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(layout, "FLOAT_MATRIX", upstream.GGMLQuantizationType.F32)
+    family, overrides, settings = VARIANTS[variant]
+    folder = make_model(family, **overrides)
+    oracle = trained(folder, tmp_path / "peft", settings)
+    model = in_memory(folder, patterns={"*": "float16"})
+    adapter = loaded(folder, tmp_path / "peft", model.decoder)
+    (base,) = gguf.write(model, Tokenizer.open(folder), tmp_path)
+    file = gguf.write_adapter(adapter, model.decoder, tmp_path)
+    assert gguf.predict_adapter(adapter, model.decoder) == {"tone.gguf": file.stat().st_size}
+
+    tokens = np.random.default_rng(2).integers(0, 416, (1, 48), dtype=np.int32)
+    with torch.inference_mode():
+        expected = oracle(torch.from_numpy(tokens).long()).logits.numpy()
+        with oracle.disable_adapter():
+            plain = oracle(torch.from_numpy(tokens).long()).logits.numpy()
+    llamacpp.logits(base, tokens, tmp_path / "o.npy", kv_cache="f32", adapter=file)
+    difference = np.abs(np.load(tmp_path / "o.npy") - expected).max()
+    print(variant, difference, np.abs(plain - expected).max())
+    assert difference < 3e-5
+    assert np.abs(plain - expected).max() > 0.1  # the adapter does something
+
+
+def test_alpha_over_rank_is_one_where_all_ranks_are_equal(
+    tiny_llama: Path, in_memory: Any, tmp_path: Path
+) -> None:
+    """So a reader that takes alpha / rank as the whole scale is right too."""
+    trained(tiny_llama, tmp_path, {"target_modules": ["k_proj"], "r": 4, "lora_alpha": 12})
+    model = in_memory(tiny_llama)
+    adapter = loaded(tiny_llama, tmp_path, model.decoder)
+    file = open_gguf(gguf.write_adapter(adapter, model.decoder, tmp_path))
+    assert file.metadata["adapter.lora.alpha"] == 4
+    assert file.metadata["general.type"] == "adapter"
+    delta = adapter.deltas["model.layers.0.self_attn.k_proj.weight"]
+    stored = file.tensors["blk.0.attn_k.weight.lora_b"].rows.view("<f4")
+    np.testing.assert_array_equal(stored[:4], 3 * delta.b[[0, 8, 1, 9]])  # rotary pairs together
+
+
+@pytest.mark.parametrize(
+    ("settings", "why"),
+    [
+        ({"target_modules": ["q_proj"], "use_dora": True}, "DoRA"),
+        ({"target_modules": ["q_proj"], "modules_to_save": ["o_proj"]}, "replaces"),
+        ({"target_modules": ["embed_tokens"]}, "tied"),
+    ],
+)
+def test_more_than_an_addition_is_refused(
+    settings: dict[str, Any], why: str, tiny_llama: Path, in_memory: Any, tmp_path: Path
+) -> None:
+    trained(tiny_llama, tmp_path, settings)
+    config = in_memory(tiny_llama).decoder
+    adapter = loaded(tiny_llama, tmp_path, config)
+    with pytest.raises(Unsupported, match=why):
+        gguf.refuse_adapter(adapter)
+    with pytest.raises(Unsupported, match="--adapter-mode merged"):
+        gguf.write_adapter(adapter, config, tmp_path)
+    assert not list(tmp_path.glob("*.gguf"))

@@ -1,0 +1,109 @@
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+
+from slimport.errors import Unsupported
+from slimport.export.gguf import packing, reader
+from slimport.export.gguf.reader import Stored
+from slimport.export.gguf.writer import TensorInfo
+from slimport.quantize.ggml import dequantize_rows
+from slimport.quantize.grid import GRIDS, SCALE_CEILING, SCALE_FLOOR, Grid, round_scale
+from slimport.quantize.tensor import QuantizedTensor
+
+
+@st.composite
+def tensors(draw: st.DrawFn) -> QuantizedTensor:
+    """Any grid, codes anywhere on it, scales from the floor to the ceiling, all-zero groups."""
+    grid = GRIDS[draw(st.sampled_from(sorted(packing.TYPES)))]
+    rows, columns = draw(st.integers(1, 5)), 32 * draw(st.integers(1, 4))
+    shape = (rows, grid.groups(columns))
+    codes = draw(arrays.arrays(np.int8, (rows, columns), elements=st.integers(grid.low, grid.high)))
+    smallest = -SCALE_CEILING if grid.signed_scale else SCALE_FLOOR
+    sizes = st.floats(smallest, SCALE_CEILING, width=32)
+    scale = round_scale(draw(arrays.arrays(np.float32, shape, elements=sizes)))
+    if draw(st.booleans()):
+        codes[-1], scale[-1] = 0, 1
+    return QuantizedTensor(grid, codes, scale)
+
+
+def unpacked(packed: packing.UInt8, grid: Grid, shape: tuple[int, int]) -> QuantizedTensor:
+    stored = Stored("a", packing.TYPES[grid.name], shape, packed)
+    return reader.unpack_rows(Path("a.gguf"), stored, np.arange(shape[0]), grid)
+
+
+@settings(max_examples=150, deadline=None)
+@given(tensors())
+def test_the_reader_finds_what_was_packed(tensor: QuantizedTensor) -> None:
+    found = unpacked(packing.pack(tensor), tensor.grid, tensor.shape)
+    np.testing.assert_array_equal(found.codes, tensor.codes)
+    np.testing.assert_array_equal(found.scale, tensor.scale)
+
+
+@settings(max_examples=150, deadline=None)
+@given(tensors())
+def test_ggml_and_gguf_dequantize_to_code_times_scale(tensor: QuantizedTensor) -> None:
+    kind = packing.TYPES[tensor.grid.name]
+    packed = packing.pack(tensor)
+    expected = tensor.dequantize()
+    np.testing.assert_array_equal(dequantize_rows(kind, packed, tensor.shape[1]), expected)
+    np.testing.assert_array_equal(gguf.dequantize(packed, kind), expected)
+
+
+def test_a_q4_0_block_by_hand() -> None:
+    codes = np.zeros((1, 32), np.int8)
+    codes[0, :3] = -8, 7, -1  # low nibbles of bytes 0, 1, 2: 0, 15, 7
+    codes[0, 16:19] = 1, -8, 0  # their high nibbles: 9, 0, 8
+    tensor = QuantizedTensor(GRIDS["int4-g32"], codes, np.array([[0.5]], np.float32))
+    expected = "0038" + "900f87" + "88" * 13  # 0.5 is 0x3800 in fp16, stored low byte first
+    assert packing.pack(tensor).tobytes().hex() == expected
+
+
+def test_a_q8_0_row_by_hand_repeats_its_scale() -> None:
+    codes = np.zeros((1, 64), np.int8)
+    codes[0, 0], codes[0, 31], codes[0, 32] = 127, -127, -1
+    tensor = QuantizedTensor(GRIDS["int8-row"], codes, np.array([[-2.0]], np.float32))
+    expected = "00c0" + "7f" + "00" * 30 + "81" + "00c0" + "ff" + "00" * 31
+    assert packing.pack(tensor).tobytes().hex() == expected
+
+
+@pytest.mark.parametrize("rows", [1, 3, 7])
+@pytest.mark.parametrize("grid", sorted(packing.TYPES))
+def test_parts_join_to_the_whole(grid: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packing, "_CHUNK", 128)  # two rows at a time, so a last part of one row
+    generator = np.random.default_rng(rows)
+    codes = generator.integers(-8, 8, (rows, 64), dtype=np.int8)
+    scale = np.full((rows, GRIDS[grid].groups(64)), 0.25, np.float32)
+    tensor = QuantizedTensor(GRIDS[grid], codes, scale)
+    order = generator.permutation(rows)
+    parts = list(packing.packed_rows(tensor, order))
+    np.testing.assert_array_equal(np.concatenate(parts), packing.pack(tensor)[order])
+
+
+def test_an_inexact_scale_is_refused() -> None:
+    codes = np.ones((1, 32), np.int8)
+    for scale in (0.1, 1e-6, 1e6):
+        tensor = QuantizedTensor(GRIDS["int4-g32"], codes, np.array([[scale]], np.float32))
+        with pytest.raises(Unsupported, match="not exact in fp16"):
+            packing.pack(tensor)
+
+
+def test_rows_of_broken_blocks_are_refused() -> None:
+    codes = np.ones((1, 172), np.int8)
+    tensor = QuantizedTensor(GRIDS["int8-row"], codes, np.ones((1, 1), np.float32))
+    with pytest.raises(Unsupported, match="172"):
+        packing.pack(tensor)
+
+
+def test_float16_keeps_what_it_can_and_refuses_the_rest() -> None:
+    info = TensorInfo("output.weight", (1, 2), gguf.GGMLQuantizationType.F16)
+    assert packing.float_bytes(info, np.array([[65504, 0.5]], np.float32)).tolist() == [
+        [65504, 0.5]
+    ]
+    for beyond in (65505, -1e30, np.inf, np.nan):
+        with pytest.raises(Unsupported, match=r"output\.weight"):
+            packing.float_bytes(info, np.array([[beyond, 1]], np.float32))

@@ -1,0 +1,125 @@
+import subprocess
+import sys
+
+import pytest
+
+from slimport.architectures import decoder_config, weights
+from slimport.errors import BadInput, Unsupported, UsageError
+from slimport.quantize.grid import GRIDS, INT4_G32, INT8_ROW
+from slimport.quantize.plan import PRESETS, Plan, make_plan
+
+CONFIG = {
+    "model_type": "llama",
+    "vocab_size": 50,
+    "hidden_size": 64,
+    "intermediate_size": 100,  # rows of down_proj do not divide into groups of 32
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "rms_norm_eps": 1e-5,
+}
+UP, DOWN = "model.layers.1.mlp.up_proj.weight", "model.layers.1.mlp.down_proj.weight"
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+def decoder(**changes):
+    return decoder_config(CONFIG | changes)
+
+
+def test_the_default():
+    plan = make_plan(decoder())
+    assert [c.weight for c in plan.choices] == [*weights(decoder())]
+    assert (plan[UP].grid, plan[UP].method) == (INT4_G32, "gptq")
+    assert (plan[EMBEDDING].grid, plan[EMBEDDING].method) == (INT8_ROW, "rtn")
+    assert (plan[HEAD].grid, plan[HEAD].method) == (INT8_ROW, "rtn")
+    norm = plan["model.norm.weight"]
+    assert (norm.grid, norm.method) == (None, "")
+
+
+def test_rows_that_do_not_divide_stay_float_with_the_reason():
+    choice = make_plan(decoder())[DOWN]
+    assert choice.grid is None
+    assert "rows of 100" in choice.reason and "float16" in choice.reason
+    assert make_plan(decoder(), "int8")[DOWN].grid is INT8_ROW
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets(preset):
+    plan = make_plan(decoder(intermediate_size=96), preset)
+    linears = {c.grid for c in plan.choices if c.weight.is_linear}
+    tables = {c.grid for c in plan.choices if c.weight.is_table}
+    assert linears == {PRESETS[preset].linears}
+    assert tables == {PRESETS[preset].tables}
+
+
+def test_method_reaches_the_tables_unless_it_is_calibrated():
+    assert make_plan(decoder(), method="rtn-absmax")[EMBEDDING].method == "rtn-absmax"
+    assert make_plan(decoder(), "int4-all", "gptq")[EMBEDDING].method == "rtn"
+
+
+def test_patterns_and_the_last_one_decides():
+    patterns = {"*.mlp.*": "int8-g32", UP: "float16", "*.q_proj.*": "int8-row"}
+    plan = make_plan(decoder(), patterns=patterns)
+    assert plan["model.layers.0.mlp.gate_proj.weight"].grid is GRIDS["int8-g32"]
+    assert plan[UP].grid is None and plan[UP].reason.startswith(f"pattern {UP}")
+    assert plan["model.layers.1.self_attn.q_proj.weight"].grid is INT8_ROW
+    assert plan["model.layers.1.self_attn.k_proj.weight"].grid is INT4_G32
+    assert plan[DOWN].grid is None  # 100 does not divide here either
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "named"),
+    [
+        ({"preset": "int5"}, UsageError, "int4-all"),
+        ({"method": "magic"}, UsageError, "gptq"),
+        ({"patterns": {"*": "int5"}}, UsageError, "int4-g32-signed"),
+        ({"patterns": {"*.nothing.*": "int8-row"}}, UsageError, "*.nothing.*"),
+        ({"patterns": {"*norm*": "int8-row"}}, UsageError, "matches no matrix"),
+        ({"preset": "mixed"}, Unsupported, "int4"),
+    ],
+)
+def test_refusals(arguments, error, named):
+    with pytest.raises(error, match=r"(?s).*") as caught:
+        make_plan(decoder(), **arguments)
+    assert named in str(caught.value)
+
+
+def test_json_round_trip():
+    plan = make_plan(decoder(), patterns={UP: "float16"})
+    assert Plan.from_json(plan.to_json(), decoder()) == plan
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        None,
+        {},
+        {"grid": "int5", "method": "rtn", "reason": ""},
+        {"grid": "int4-g32", "method": "", "reason": ""},
+        {"grid": None, "method": "rtn", "reason": ""},
+        {"grid": ["int4-g32"], "method": "rtn", "reason": ""},
+    ],
+)
+def test_malformed_json_is_refused(entry):
+    data = make_plan(decoder()).to_json()
+    data["weights"][UP] = entry
+    with pytest.raises(BadInput):
+        Plan.from_json(data, decoder())
+
+
+def test_json_of_another_decoder_is_refused():
+    data = make_plan(decoder()).to_json()
+    with pytest.raises(BadInput):
+        Plan.from_json(data, decoder(num_hidden_layers=1))
+    with pytest.raises(BadInput):
+        Plan.from_json(data, decoder(num_hidden_layers=3))
+    data["weights"][DOWN]["grid"], data["weights"][DOWN]["method"] = "int4-g32", "rtn"
+    with pytest.raises(BadInput, match="100"):
+        Plan.from_json(data, decoder())
+
+
+def test_planning_loads_nothing_heavy():
+    code = "import sys, slimport.quantize.plan; print(sorted({'torch', 'numba'} & {*sys.modules}))"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]"

@@ -1,0 +1,217 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from slimport.architectures import decoder_config
+from slimport.checkpoint import Checkpoint
+from slimport.errors import Unsupported, UsageError
+from slimport.quantize import quantizer
+from slimport.quantize.calibration import layer_hessians, windows_of
+from slimport.quantize.methods import gptq
+from slimport.quantize.plan import make_plan
+from slimport.quantize.quantizer import quantize
+
+UP = "model.layers.1.mlp.up_proj.weight"
+Q0, Q1 = "model.layers.0.self_attn.q_proj.weight", "model.layers.1.self_attn.q_proj.weight"
+EMBEDDING = "model.embed_tokens.weight"
+
+
+class Changed:
+    """Weights of which some are replaced."""
+
+    def __init__(self, base, **replaced):
+        self.base, self.replaced = base, {name: array for name, array in replaced.items()}
+
+    def names(self):
+        return self.base.names()
+
+    def shape(self, name):
+        return self.base.shape(name)
+
+    def rows(self, name, start=0, stop=None):
+        if name in self.replaced:
+            return self.replaced[name][start:stop]
+        return self.base.rows(name, start, stop)
+
+
+def run(base, source, folder, *, windows=None, progress=lambda *_: None, **plan):
+    return quantize(
+        base,
+        source.config,
+        make_plan(decoder_config(source.config), **plan),
+        folder,
+        calibration=windows,
+        tokenizer_folder=source.folder,
+        progress=progress,
+    )
+
+
+@pytest.fixture(scope="module")
+def source(tiny_llama):
+    return Checkpoint.open(tiny_llama)
+
+
+@pytest.fixture(scope="module")
+def windows():
+    return windows_of(np.random.default_rng(0).integers(0, 400, (12, 64)))
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+@pytest.mark.parametrize("method", ["rtn", "rtn-absmax", "gptq"])
+def test_two_runs_write_the_same_bytes(source, windows, tmp_path, method):
+    first = run(source, source, tmp_path / "a", windows=windows, method=method)
+    run(source, source, tmp_path / "b", windows=windows, method=method)
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+    assert first.calibration == (windows.digest if method == "gptq" else None)
+
+
+def test_codes_do_not_depend_on_the_size_of_blocks(source, tmp_path, monkeypatch):
+    whole = run(source, source, tmp_path / "whole", method="rtn")
+    monkeypatch.setattr(quantizer, "_BLOCK", 1000)
+    parts = run(source, source, tmp_path / "parts", method="rtn")
+    assert parts.weights_digest == whole.weights_digest
+    assert parts.float_digest == whole.float_digest
+    assert parts.errors == pytest.approx(whole.errors, rel=1e-12)
+
+
+def test_gptq_is_calibrated_on_layers_already_quantized(source, windows, tmp_path):
+    model = run(source, source, tmp_path / "out", windows=windows, method="gptq")
+    stream = layer_hessians(source, model.decoder, windows)
+    _, first = next(stream)
+    expected = gptq.solve(source.rows(Q0), model.plan[Q0].grid, first[Q0])
+    assert expected.digest(Q0) == model.records[Q0].digest
+    linears = [c.weight.name for c in model.plan.quantized if c.weight.layer == 0]
+    _, second = stream.send({name: model.rows(name) for name in linears})
+    expected = gptq.solve(source.rows(Q1), model.plan[Q1].grid, second[Q1])
+    assert expected.digest(Q1) == model.records[Q1].digest
+
+
+def test_gptq_lowers_the_error_of_outputs_and_leaves_tables(source, windows, tmp_path):
+    model = run(source, source, tmp_path / "gptq", windows=windows, method="gptq")
+    plain = run(source, source, tmp_path / "rtn", method="rtn")
+    assert model.records[EMBEDDING] == plain.records[EMBEDDING]
+    assert model.errors[Q0] > plain.errors[Q0]  # of weights; it trades them for outputs
+    _, hessians = next(layer_hessians(source, model.decoder, windows))
+
+    def output_error(quantized):
+        miss = quantized.rows(Q0) - source.rows(Q0)
+        return np.einsum("ri,ij,rj->", miss, hessians[Q0], miss)
+
+    assert output_error(model) < 0.7 * output_error(plain)
+
+
+def test_gptq_needs_windows(source, tmp_path):
+    with pytest.raises(UsageError, match="calibration"):
+        run(source, source, tmp_path / "out", method="gptq")
+    assert not any(tmp_path.iterdir())
+
+
+def test_progress_counts_every_weight_once(source, tmp_path):
+    calls = []
+    run(source, source, tmp_path / "out", method="rtn", progress=lambda *call: calls.append(call))
+    done = [call[1] for call in calls]
+    assert done == sorted(done)
+    total = sum(int(np.prod(source.shape(name))) for name in source.names())
+    assert calls[-1] == ("quantize", total, total)
+
+
+def test_a_few_tiny_groups_are_floored_and_recorded(source, tmp_path):
+    weight = source.rows(UP)
+    weight[3] *= np.float32(2.0**-20)
+    model = run(Changed(source, **{UP: weight}), source, tmp_path / "out", method="rtn")
+    assert 0 < model.records[UP].added < 1e-4
+    assert model.records[Q0].added == 0
+
+
+@pytest.mark.parametrize("factor", [2.0**-16, 2.0**23])
+def test_scales_beyond_fp16_are_refused(source, tmp_path, factor):
+    weight = source.rows(UP) * np.float32(factor)
+    with pytest.raises(Unsupported, match="float16"):
+        run(Changed(source, **{UP: weight}), source, tmp_path / "out", method="rtn")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_zero_weight_has_no_error(source, tmp_path):
+    weight = np.zeros_like(source.rows(UP))
+    model = run(Changed(source, **{UP: weight}), source, tmp_path / "out", method="rtn")
+    assert model.errors[UP] == 0
+    assert (model.load(UP).scale == 1).all() and not model.load(UP).codes.any()
+
+
+MEASURE = """
+import sys, threading, time
+from pathlib import Path
+import numpy as np
+from slimport.architectures import decoder_config
+from slimport.checkpoint import Checkpoint
+from slimport.quantize.calibration import windows_of
+from slimport.quantize.plan import make_plan
+from slimport.quantize.quantizer import quantize
+
+def anonymous():
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("RssAnon:")[1].split()[0]) * 1024
+
+def run(folder, method):
+    source = Checkpoint.open(folder)
+    plan = make_plan(decoder_config(source.config), method=method)
+    windows = windows_of(np.random.default_rng(0).integers(0, 500, (4, 128)))
+    quantize(source, source.config, plan, Path(sys.argv[3]), calibration=windows,
+             tokenizer_folder=Path(folder), progress=lambda *_: None)
+
+run(sys.argv[1], sys.argv[4])  # compiles and loads, before the start is measured
+peak, finished = 0, threading.Event()
+def watch():
+    global peak
+    while not finished.wait(0.002):
+        peak = max(peak, anonymous())
+watcher = threading.Thread(target=watch)
+start = anonymous()
+watcher.start()
+run(sys.argv[2], sys.argv[4])
+finished.set()
+watcher.join()
+print(peak - start)
+"""
+
+
+def write_model(folder, layers):
+    """Random bf16 weights, 3.7 million to a layer (15 MB as float32, 3.7 MB as codes)."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=512,
+        hidden_size=512,
+        intermediate_size=1760,
+        num_hidden_layers=layers,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+    )
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads RssAnon from /proc")
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+def test_twice_the_layers_the_same_memory(tmp_path_factory, tmp_path, method):
+    peaks = {}
+    small = write_model(tmp_path / "2", 2)
+    for layers in (6, 12):
+        large = write_model(tmp_path / str(layers), layers)
+        command = [sys.executable, "-c", MEASURE, small, large, tmp_path / "out", method]
+        done = subprocess.run([str(word) for word in command], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        peaks[layers] = json.loads(done.stdout)
+    # Six layers more are 88 MB as float32, 22 MB as codes, 12 MB as packed codes.
+    assert peaks[12] - peaks[6] < 8e6, peaks

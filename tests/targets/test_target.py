@@ -1,0 +1,85 @@
+"""Device profiles: the shipped ones load, a user's own is read as strictly."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from slimport.errors import UsageError
+from slimport.targets.target import Limit, load_target, names
+
+
+@pytest.mark.parametrize("name", names())
+def test_shipped_profiles(name: str) -> None:
+    target = load_target(name)
+    assert target.name == name
+    assert target.prompt_lengths == (200, 400, 600, 800, 1000)
+    assert max(target.prompt_lengths) < target.context_length
+    for limit in (*target.budgets.values(), *target.limits.values()):
+        assert limit.limit > 0 and limit.source
+    assert {"device_bytes", "download_bytes", "memory_bytes", "kl_mean"} <= target.budgets.keys()
+
+
+def test_a_device_extends_its_platform() -> None:
+    phone, platform = load_target("galaxy-s24"), load_target("android")
+    assert phone.containers == platform.containers == ("gguf",)
+    assert phone.isa == ("arm64", "dotprod", "i8mm")
+    assert phone.budgets["memory_bytes"].limit > platform.budgets["memory_bytes"].limit
+    assert phone.budgets["download_bytes"] == platform.budgets["download_bytes"]
+    assert phone.to_json()["budgets"]["top1"]["limit"] == 0.85
+
+
+def test_play_limits() -> None:
+    limits = load_target("android").limits
+    assert limits["store_module"].limit == 200_000_000
+    assert limits["store_pack"].limit == 1_500_000_000
+    assert limits["page"].limit == 16384
+
+
+def test_a_users_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "watch.toml").write_text(
+        'extends = "base.toml"\n[budgets.memory_bytes]\nlimit = "90 MB"\nsource = "measured"'
+    )
+    (tmp_path / "base.toml").write_text('extends = "galaxy-s24"\ncontext_length = 64')
+    target = load_target(str(tmp_path / "watch.toml"))
+    assert (target.name, target.context_length) == ("watch", 64)
+    assert target.budgets["memory_bytes"] == Limit(90_000_000, "measured")
+    assert target.isa[-1] == "i8mm"
+    monkeypatch.chdir(tmp_path)
+    assert load_target("watch.toml") == target
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('extends = "android"\ncontext = 3', "mine.toml: context is not a key"),
+        ('extends = "android"\n[budgets.size]\nlimit = 3', "budgets.size is not a key"),
+        ('extends = "android"\n[limits.heap]\nlimit = 3', "limits.heap is not a key"),
+        ('extends = "android"\n[budgets.top1]\nlimit = 0.9', "mine.toml: budgets.top1"),
+        ('extends = "android"\n[budgets.top1]\nlimit = 9\nsource = "x"', "budgets.top1.limit is 9"),
+        ('extends = "android"\nprompt_lengths = [0]', "prompt_lengths is 0"),
+        ('extends = "android"\nprompt_lengths = 9', "prompt_lengths is 9"),
+        ('extends = "mine.toml"', "mine.toml extends itself"),
+        ('extends = "nokia"', "no target 'nokia'"),
+        ('title = "x"', "mine.toml has no budgets, containers"),
+    ],
+)
+def test_refused(tmp_path: Path, text: str, words: str) -> None:
+    (tmp_path / "mine.toml").write_text(text)
+    with pytest.raises(UsageError) as raised:
+        load_target(str(tmp_path / "mine.toml"))
+    assert words in raised.value.what
+
+
+def test_a_circle_of_two(tmp_path: Path) -> None:
+    (tmp_path / "a.toml").write_text('extends = "b.toml"')
+    (tmp_path / "b.toml").write_text('extends = "a.toml"')
+    with pytest.raises(UsageError, match=r"a\.toml > b\.toml > a\.toml"):
+        load_target(str(tmp_path / "a.toml"))
+
+
+@pytest.mark.parametrize("name", ["nokia", "absent.toml", "../targets/android", ""])
+def test_unknown_names_list_the_known(name: str) -> None:
+    with pytest.raises(UsageError, match="android, galaxy-s24"):
+        load_target(name)

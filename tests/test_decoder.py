@@ -1,0 +1,144 @@
+"""decoder.py against transformers, on a tiny random model of every family and variant."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from slimport import decoder
+from slimport.architectures import FAMILIES, Kind, decoder_config
+from slimport.quantize.grid import Float32
+
+SHAPE = {
+    "vocab_size": 96,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "llama": {"model_type": "llama"},
+    "llama-tied": {"model_type": "llama", "tie_word_embeddings": True},
+    "llama-biases": {"model_type": "llama", "attention_bias": True, "mlp_bias": True},
+    "llama-wide-heads": {"model_type": "llama", "head_dim": 16},
+    "llama-no-gqa": {"model_type": "llama", "num_key_value_heads": 6},
+    "llama-one-kv-head": {"model_type": "llama", "num_key_value_heads": 1},
+    "llama-linear": {
+        "model_type": "llama",
+        "rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0},
+    },
+    "llama-llama3": {"model_type": "llama", "head_dim": 16, "rope_parameters": LLAMA3},
+    "qwen2": {"model_type": "qwen2"},
+    "qwen2-tied": {"model_type": "qwen2", "tie_word_embeddings": True},
+    "qwen3": {"model_type": "qwen3", "head_dim": 16},
+    "qwen3-biases": {"model_type": "qwen3", "head_dim": 16, "attention_bias": True},
+}
+
+
+class Arrays:
+    """A state dict as Weights."""
+
+    def __init__(self, model: transformers.PreTrainedModel) -> None:
+        self.tensors = {name: t.detach().numpy() for name, t in model.state_dict().items()}
+
+    def names(self) -> list[str]:
+        return list(self.tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.tensors[name].shape
+
+    def rows(self, name: str, start: int = 0, stop: int | None = None) -> Float32:
+        return self.tensors[name][start:stop]
+
+
+def random_model(variant: str) -> transformers.PreTrainedModel:
+    """Every tensor random, norms and biases too, large enough that each one moves the logits."""
+    fields = SHAPE | VARIANTS[variant]
+    config = transformers.AutoConfig.for_model(fields.pop("model_type"), **fields)
+    torch.manual_seed(7)
+    model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
+    with torch.no_grad():
+        for name, tensor in model.named_parameters():
+            spread = 0.3 if tensor.ndim == 1 else tensor.shape[-1] ** -0.5
+            tensor.normal_(1.0 if "norm" in name else 0.0, spread)
+    return model
+
+
+def test_every_family_is_here() -> None:
+    assert {fields["model_type"] for fields in VARIANTS.values()} == set(FAMILIES)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_logits_are_those_of_transformers(variant: str) -> None:
+    model = random_model(variant)
+    tokens = torch.randint(0, 96, (2, 200), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = model(tokens).logits
+    actual = decoder.logits(tokens, Arrays(model), decoder_config(model.config.to_dict()))
+    assert expected.std() > 0.5
+    assert (actual - expected).abs().max() < 1e-5
+
+
+def test_captured_inputs_are_those_of_the_linears() -> None:
+    model = random_model("qwen3")
+    config = decoder_config(model.config.to_dict())
+    tokens = torch.arange(40).view(2, 20)
+    seen: dict[str, torch.Tensor] = {}
+    for name, module in model.model.layers[0].named_modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_pre_hook(
+                lambda _, inputs, name=name: seen.update({name: inputs[0]})
+            )
+    captured: dict[Kind, torch.Tensor] = {}
+    with torch.no_grad():
+        model(tokens)
+        decoder.decoder_layer(
+            model.model.embed_tokens(tokens),
+            decoder.load_layer(Arrays(model), config, 0),
+            config,
+            *decoder.rope_tables(config, 20),
+            captured.__setitem__,
+        )
+    assert set(captured) == set(decoder.SHARED_INPUTS)
+    modules = {
+        Kind.Q: ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+        Kind.ATTENTION_OUTPUT: ["self_attn.o_proj"],
+        Kind.GATE: ["mlp.gate_proj", "mlp.up_proj"],
+        Kind.DOWN: ["mlp.down_proj"],
+    }
+    for kind, names in modules.items():
+        for name in names:
+            torch.testing.assert_close(captured[kind], seen[name], atol=1e-5, rtol=1e-5)
+
+
+def test_rope_tables_start_where_asked() -> None:
+    config = decoder_config({**SHAPE, "model_type": "llama"})
+    whole, part = decoder.rope_tables(config, 50), decoder.rope_tables(config, 10, start=40)
+    for one, other in zip(whole, part, strict=True):
+        np.testing.assert_array_equal(one[40:], other)
+
+
+def test_replaced_weights_are_used() -> None:
+    model = random_model("llama")
+    config = decoder_config(model.config.to_dict())
+    name = "model.layers.1.mlp.up_proj.weight"
+    zeros = torch.zeros(80, 48)
+    layer = decoder.load_layer(Arrays(model), config, 1, {name: zeros})
+    assert layer[Kind.UP].weight is zeros
+    assert layer[Kind.GATE].weight.abs().sum() > 0

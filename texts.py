@@ -1,0 +1,128 @@
+"""The texts of an export as token windows: given by the user, or sampled from the model itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from .quantize.calibration import Windows, read_text, token_windows, windows_of
+from .quantize.plan import Plan
+from .recipe import Recipe
+from .source import Source
+from .validation.runtimes import reference
+from .validation.runtimes.reference import Oracle
+
+Progress = Callable[[str, int, int], None]
+SAMPLED = "sampled from the full-precision model"
+_SAMPLED_LENGTH = 256
+_CALIBRATION_SEED, _EVAL_SEED = 1, 2
+_LOGITS_LIMIT = 2_000_000_000  # bytes on disk for the logits of one text
+_PROMPTS, _PROMPT_TOKENS = 3, 24
+
+
+@dataclass(frozen=True, slots=True)
+class Texts:
+    """What an export is calibrated and judged on.
+
+    Attributes:
+        calibration: None where no method of the plan calibrates.
+        judged: "held_out" and, if there is one, "out_of_distribution".
+        origins: what each is: a file's name, or SAMPLED.
+        files: the files that were read, for their licences.
+        prompts: {what the reader sees: ids} for golden tokens and samples.
+    """
+
+    calibration: Windows | None
+    judged: Mapping[str, Windows]
+    origins: Mapping[str, str]
+    files: list[Path]
+    prompts: Mapping[str, list[int]]
+
+
+def read_texts(
+    recipe: Recipe, source: Source, plan: Plan, validate: bool, progress: Progress
+) -> Texts:
+    """Read or sample every text that this export needs.
+
+    Raises:
+        BadInput: a file is malformed or too short for one window.
+    """
+    given = recipe.texts
+    context = source.decoder.context_length
+    origins: dict[str, str] = {}
+    calibration = None
+    if any(choice.method == "gptq" for choice in plan.choices):
+        length = min(recipe.quantize.calibration_length, context)
+        count = recipe.quantize.calibration_windows
+        origins["calibration"] = given.calibration.name if given.calibration else SAMPLED
+        calibration = _read_or_sample(
+            given.calibration, source, length, count, _CALIBRATION_SEED, progress
+        )
+    judged: dict[str, Windows] = {}
+    if validate:
+        length = min(recipe.validate.window_length, context)
+        fits = _LOGITS_LIMIT // (4 * length * source.decoder.vocab_size)
+        count = max(2, min(recipe.validate.windows, fits))
+        origins["held_out"] = given.eval.name if given.eval else SAMPLED
+        judged["held_out"] = _read_or_sample(
+            given.eval, source, length, count, _EVAL_SEED, progress
+        )
+        if given.eval_ood:
+            origins["out_of_distribution"] = given.eval_ood.name
+            judged["out_of_distribution"] = _read(given.eval_ood, source, length, count)
+    files = [path for path in (given.calibration, given.eval, given.eval_ood) if path]
+    prompts = _prompts(recipe, source, judged) if validate else {}
+    return Texts(calibration, judged, origins, files, prompts)
+
+
+def _read_or_sample(
+    path: Path | None, source: Source, length: int, count: int, seed: int, progress: Progress
+) -> Windows:
+    if path is not None:
+        return _read(path, source, length, count)
+    tokenizer = source.tokenizer
+    start = tokenizer.eos_ids[0] if tokenizer.bos_id is None else tokenizer.bos_id
+    ids = reference.sample(
+        oracle(source),
+        start,
+        min(count, 32),
+        min(length, _SAMPLED_LENGTH),
+        seed,
+        progress=lambda done, total: progress("sampling text from the model", done, total),
+    )
+    return windows_of(ids)
+
+
+def _read(path: Path, source: Source, length: int, count: int) -> Windows:
+    text = read_text(path, source.tokenizer.render_chat)
+    return token_windows(
+        text, source.tokenizer, length, count, vocab_size=source.decoder.vocab_size
+    )
+
+
+def _prompts(
+    recipe: Recipe, source: Source, judged: Mapping[str, Windows]
+) -> dict[str, list[int]]:
+    """The recipe's prompts as the model reads a chat; without any, the starts of windows."""
+    tokenizer = source.tokenizer
+    prompts: dict[str, list[int]] = {}
+    for words in recipe.validate.prompts:
+        rendered = tokenizer.render_chat([{"role": "user", "content": words}])
+        if rendered is None:
+            prompts[words] = tokenizer.encode(words, add_special=True)
+        else:
+            prompts[words] = tokenizer.encode(rendered)
+    if not prompts:
+        for window in judged["held_out"].ids[:_PROMPTS]:
+            ids = window[:_PROMPT_TOKENS].tolist()
+            prompts[tokenizer.decode(ids)] = ids
+    return prompts
+
+
+def oracle(source: Source) -> Oracle:
+    """The full-precision base with the first adapter, as transformers and peft run it."""
+    if not source.adapters:
+        return Oracle(source.checkpoint.folder)
+    entry, _ = source.adapters[0]
+    return Oracle(source.checkpoint.folder, entry.path, entry.scale)

@@ -1,0 +1,102 @@
+"""What a bundle takes from a device: bytes on disk, bytes to download, bytes of memory."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import BadInput
+from .runtime import Memory
+
+_CHUNK = 2**20
+_LEVEL = 6  # deflate as stores compress a download
+
+
+@dataclass(frozen=True, slots=True)
+class Footprint:
+    """Sizes in bytes.
+
+    Attributes:
+        device_bytes: all that goes onto the device.
+        download_bytes: the same, each file compressed with deflate: near what a store transfers.
+        model_bytes: the model file or files.
+        parameters: weights of the decoder; a tied table counts once.
+        memory: for the target's CPU at its context.
+        isa: the CPU features that the weights of `memory` are predicted for.
+    """
+
+    device_bytes: int
+    download_bytes: int
+    model_bytes: int
+    parameters: int
+    memory: Memory
+    isa: tuple[str, ...]
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Of the whole model file: tokenizer and padding count, too."""
+        return self.model_bytes * 8 / self.parameters
+
+    def to_json(self) -> dict[str, Any]:
+        """The keys of report.json; `predicted` names what was not measured here, and for what."""
+        return {
+            "device_bytes": self.device_bytes,
+            "download_bytes": self.download_bytes,
+            "model_bytes": self.model_bytes,
+            "bits_per_weight": self.bits_per_weight,
+            "memory": self.memory.to_json(),
+            "predicted": {"for": list(self.isa), "keys": ["memory.mapped", "memory.repacked"]},
+        }
+
+
+def footprint(
+    device_files: Iterable[Path],
+    model_files: Sequence[Path],
+    parameters: int,
+    memory: Memory,
+    isa: Sequence[str],
+) -> Footprint:
+    """Add up files and memory; `memory` is the runtime's, with its weights predicted for `isa`.
+
+    Raises:
+        BadInput: a file cannot be read.
+    """
+    files = sorted(device_files)
+    return Footprint(
+        device_bytes=sum(map(_size, files)),
+        download_bytes=sum(map(compressed_size, files)),
+        model_bytes=sum(map(_size, model_files)),
+        parameters=parameters,
+        memory=memory,
+        isa=tuple(isa),
+    )
+
+
+def compressed_size(file: Path) -> int:
+    """Bytes of one file after deflate, read in pieces."""
+    deflate, size = zlib.compressobj(_LEVEL), 0
+    try:
+        with file.open("rb") as source:
+            while piece := source.read(_CHUNK):
+                size += len(deflate.compress(piece))
+    except OSError as error:
+        raise _unreadable(file, error) from error
+    return size + len(deflate.flush())
+
+
+def _size(file: Path) -> int:
+    try:
+        return file.stat().st_size
+    except OSError as error:
+        raise _unreadable(file, error) from error
+
+
+def _unreadable(file: Path, error: OSError) -> BadInput:
+    return BadInput(
+        f"{file.name} cannot be read",
+        error.strerror or str(error),
+        "export the bundle again",
+    )

@@ -1,0 +1,94 @@
+"""report.html: one self-contained page over the joined report and measurements."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from functools import partial
+from importlib.resources import files
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup, escape
+
+from ..settings import METRICS, format_size
+from . import plots, summary
+
+UNKNOWN = "not known"
+TITLES = {
+    "device_bytes": "On the device",
+    "download_bytes": "Download, compressed",
+    "model_bytes": "Model file",
+    "memory_bytes": "Memory",
+    "anonymous_bytes": "Anonymous memory",
+    "kl_mean": "Mean KL divergence",
+    "ppl_ratio": "Perplexity, artifact over reference",
+    "top1": "Top-1 agreement",
+}
+MEMORY = {
+    "mapped": "weights, mapped from the file",
+    "repacked": "weights, repacked for the processor",
+    "kv_cache": "KV cache",
+    "compute": "compute buffers",
+}
+
+
+def render(joined: Mapping[str, Any]) -> str:
+    """The page. Every figure is a <data> element whose value is the JSON's own, by its path."""
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    source = files(__package__).joinpath("report.html").read_text(encoding="utf-8")
+    return environment.from_string(source).render(
+        **joined,
+        figure=partial(figure, joined),
+        checks=summary.checks(joined),
+        plots=plots,
+        kinds=plots.KINDS,
+        titles=TITLES,
+        memory_parts=MEMORY,
+        units={metric: UNITS[kind.unit] for metric, kind in METRICS.items()},
+        fill=fill,
+    )
+
+
+def figure(joined: Mapping[str, Any], path: str, unit: str) -> Markup:
+    """The value at a dotted `path` such as `layers.3.bytes`, rounded for people by its unit."""
+    value: Any = joined
+    for key in path.split("."):
+        value = value[int(key)] if isinstance(value, list) else value[key]
+    shown = UNKNOWN if value is None else FORMATS[unit](value)
+    exact = escape(json.dumps(value))
+    return Markup(f'<data value="{exact}" data-path="{path}">{escape(shown)}</data>')
+
+
+def fill(budget: Mapping[str, Any]) -> float:
+    """How much of a budget is used, in percent of the bar; 0 where the value is not known."""
+    value, limit = budget["value"], budget["limit"]
+    if value is None:
+        return 0.0
+    if METRICS[budget["metric"]].at_least:
+        return round(100 * min(1.0, value), 2)
+    return round(100 * min(1.0, value / limit if limit else 1.0), 2)
+
+
+def number(value: float) -> str:
+    """Three significant digits: 0.0123, 1.05, 2.31e-5."""
+    return f"{value:.3g}".replace("e-0", "e-").replace("e+0", "e")
+
+
+def seconds(value: float) -> str:
+    return f"{value * 1000:.3g} ms" if value < 1 else f"{value:.3g} s"
+
+
+FORMATS: dict[str, Callable[[Any], str]] = {
+    "bytes": format_size,
+    "count": lambda value: f"{value:,}",
+    "number": number,
+    "ratio": lambda value: f"{value:.4f}",
+    "bits": lambda value: f"{value:.2f}",
+    "share": lambda value: f"{value:.2%}",
+    "rate": lambda value: f"{value:.4g}/s",
+    "seconds": seconds,
+}
+UNITS = {"bytes": "bytes", "nats": "number", "fraction": "share", "ratio": "ratio"}

@@ -1,0 +1,220 @@
+"""The report's plots as inline SVG, coloured by the page's CSS so that they follow light and dark.
+
+Every mark of a value carries `data-path` (where it stands in the joined JSON) and `data-value`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from markupsafe import Markup, escape
+
+WIDTH, HEIGHT = 480, 270
+LEFT, RIGHT, TOP, BOTTOM = 50, 14, 14, 44
+KINDS = {
+    "attn_q": "query",
+    "attn_k": "key",
+    "attn_v": "value",
+    "attn_output": "attention output",
+    "ffn_gate": "gate",
+    "ffn_up": "up",
+    "ffn_down": "down",
+    "token_embd": "embedding",
+    "output": "head",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """Values from `low` to `high` onto pixels from `start` to `end`."""
+
+    low: float
+    high: float
+    start: float
+    end: float
+
+    def __call__(self, value: float) -> float:
+        share = (value - self.low) / (self.high - self.low)
+        return round(self.start + share * (self.end - self.start), 2)
+
+
+def across(low: float, high: float) -> Scale:
+    return Scale(low, high, LEFT, WIDTH - RIGHT)
+
+
+def upward(low: float, high: float) -> Scale:
+    return Scale(low, high, HEIGHT - BOTTOM, TOP)
+
+
+def ticks(low: float, high: float, about: int = 4) -> list[float]:
+    """Round values that span from `low` to `high`: the first at most low, the last at least high.
+
+    >>> ticks(0, 0.093)
+    [0.0, 0.025, 0.05, 0.075, 0.1]
+    """
+    span = (high - low) or abs(high) or 1.0
+    power = 10.0 ** math.floor(math.log10(span / about))
+    step = next(power * m for m in (1, 2, 2.5, 5, 10) if power * m * about >= span * 0.999)
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [round(index * step, 12) for index in range(first, max(last, first + 1) + 1)]
+
+
+def layer_errors(layers: Sequence[Mapping[str, Any]]) -> Markup:
+    """Relative RMSE of every quantized weight: one line per kind over the layers.
+
+    The embedding stands left of the first layer, the head right of the last.
+    """
+    rows = [
+        (index, row) for index, row in enumerate(layers) if row.get("relative_rmse") is not None
+    ]
+    if not rows:
+        return Markup("")
+    count = 1 + max((row["layer"] for _, row in rows if row["layer"] is not None), default=0)
+    values = [row["relative_rmse"] for _, row in rows]
+    low = 0.0 if min(values) < max(values) / 2 else min(values)
+    marks = ticks(low, max(values))
+    x, y = across(-1.5, count + 0.5), upward(marks[0], marks[-1])
+    parts = [_y_axis(marks, y, lambda value: f"{value:.3g}".replace("e-0", "e-"))]
+    parts += [_x_tick(x(layer), str(layer)) for layer in range(0, count, 1 + (count - 1) // 9)]
+    parts.append(_x_title("layer"))
+    for kind in KINDS:
+        points = [
+            (x(_slot(row, count)), y(row["relative_rmse"]), index, row)
+            for index, row in rows
+            if row["kind"] == kind
+        ]
+        parts.append(_line([(px, py) for px, py, _, _ in points], kind))
+        for px, py, index, row in points:
+            words = f"{row['name']}: {row['relative_rmse']:.4g} ({row['grid']}, {row['method']})"
+            path = f"layers.{index}.relative_rmse"
+            parts.append(_dot(px, py, kind, path, row["relative_rmse"], words))
+    worst = max(rows, key=lambda pair: pair[1]["relative_rmse"])[1]
+    label = f"Relative RMSE by layer and kind. Largest: {worst['name']}"
+    return _svg(parts, f"{label}, {worst['relative_rmse']:.3g}")
+
+
+def _slot(row: Mapping[str, Any], count: int) -> int:
+    if row["layer"] is not None:
+        return int(row["layer"])
+    return -1 if row["kind"] == "token_embd" else count
+
+
+def divergence(accuracy: Mapping[str, Any]) -> Markup:
+    """Share of tokens by KL divergence on a logarithmic axis, one outline per text."""
+    tables = {name: table["histogram"] for name, table in accuracy.items() if "histogram" in table}
+    filled = [
+        index for table in tables.values() for index, tokens in enumerate(table["counts"]) if tokens
+    ]
+    if not filled:
+        return Markup("")
+    first, last = min(filled), max(filled) + 1
+    edges = [math.log10(edge) for edge in next(iter(tables.values()))["edges"]]
+    shares = {
+        name: [tokens / sum(table["counts"]) for tokens in table["counts"]]
+        for name, table in tables.items()
+    }
+    marks = ticks(0, max(max(values) for values in shares.values()))
+    x, y = across(edges[first], edges[last]), upward(0, marks[-1])
+    parts = [_y_axis(marks, y, lambda value: f"{value:.0%}")]
+    decades = range(math.ceil(edges[first] - 1e-9), math.floor(edges[last] + 1e-9) + 1)
+    parts += [_x_tick(x(decade), _power(decade)) for decade in decades]
+    parts.append(_x_title("KL divergence per token, nats"))
+    for name, values in shares.items():
+        bins = range(first, last)
+        parts.append(_steps([(x(edges[i]), x(edges[i + 1]), y(values[i])) for i in bins], name))
+    for row, (name, table) in enumerate(accuracy.items()):
+        at = x(min(max(math.log10(max(table["kl_mean"], 1e-12)), edges[first]), edges[last]))
+        parts.append(_marker(at, row, name, table["kl_mean"]))
+    means = ", ".join(
+        f"{name.replace('_', ' ')} mean {table['kl_mean']:.3g}" for name, table in accuracy.items()
+    )
+    return _svg(parts, f"Distribution of the KL divergence over tokens: {means} nats")
+
+
+def latency(speed: Sequence[Mapping[str, Any]]) -> Markup:
+    """Seconds to the first token and in all, over the length of the prompt."""
+    if not speed:
+        return Markup("")
+    lengths = [row["prompt_tokens"] for row in speed]
+    marks = ticks(0, max(row["total_s"] for row in speed))
+    gap = (max(lengths) - min(lengths)) * 0.06 or 1.0
+    x, y = across(min(lengths) - gap, max(lengths) + gap), upward(0, marks[-1])
+    parts = [_y_axis(marks, y, lambda value: f"{value:g} s")]
+    parts += [_x_tick(x(length), str(length)) for length in lengths]
+    parts.append(_x_title("prompt tokens"))
+    for key, words in (("total_s", "in all"), ("ttft_s", "to the first token")):
+        points = [(x(row["prompt_tokens"]), y(row[key])) for row in speed]
+        parts.append(_line(points, key))
+        for index, (row, (px, py)) in enumerate(zip(speed, points, strict=True)):
+            path = f"measurements.speed.{index}.{key}"
+            title = f"{row['prompt_tokens']} prompt tokens: {row[key]:.4g} s {words}"
+            parts.append(_dot(px, py, key, path, row[key], title))
+    ends = f"{speed[-1]['ttft_s']:.3g} s to the first token at {lengths[-1]} prompt tokens"
+    return _svg(parts, f"Latency by prompt length on this machine: {ends}")
+
+
+# ---- pieces ----
+
+
+def _svg(parts: Iterable[str], label: str) -> Markup:
+    return Markup(
+        f'<svg class="plot" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(label)}">'
+        f"{''.join(parts)}</svg>"
+    )
+
+
+def _y_axis(marks: Sequence[float], y: Scale, words: Callable[[float], str]) -> str:
+    lines = []
+    for index, mark in enumerate(marks):
+        rule = "base" if index == 0 else "grid"
+        lines.append(f'<path class="{rule}" d="M{LEFT} {y(mark)}H{WIDTH - RIGHT}"/>')
+        lines.append(f'<text class="y" x="{LEFT - 8}" y="{y(mark) + 4}">{words(mark)}</text>')
+    return "".join(lines)
+
+
+def _x_tick(x: float, words: str) -> str:
+    return f'<text class="x" x="{x}" y="{HEIGHT - BOTTOM + 18}">{words}</text>'
+
+
+def _x_title(words: str) -> str:
+    middle = (LEFT + WIDTH - RIGHT) / 2
+    return f'<text class="x title" x="{middle}" y="{HEIGHT - 6}">{words}</text>'
+
+
+def _line(points: Sequence[tuple[float, float]], name: str) -> str:
+    d = "L".join(f"{x} {y}" for x, y in points)
+    return f'<path class="line c-{name}" d="M{d}"/>' if len(points) > 1 else ""
+
+
+def _steps(bins: Sequence[tuple[float, float, float]], name: str) -> str:
+    bottom = HEIGHT - BOTTOM
+    d = f"M{bins[0][0]} {bottom}" + "".join(f"V{top}H{right}" for _, right, top in bins)
+    return f'<path class="steps c-{name}" d="{d}V{bottom}Z"/>'
+
+
+def _dot(x: float, y: float, name: str, path: str, value: float, title: str) -> str:
+    return (
+        f'<circle class="dot c-{name}" cx="{x}" cy="{y}" r="3" data-path="{path}"'
+        f' data-value="{json.dumps(value)}"><title>{escape(title)}</title></circle>'
+    )
+
+
+def _marker(x: float, row: int, name: str, value: float) -> str:
+    """A dashed line at a mean, its label on the side where there is room."""
+    top = TOP + 12 + 16 * row
+    side, shift = ("end", -6) if x > (WIDTH + LEFT) / 2 else ("start", 6)
+    return (
+        f'<path class="mean c-{name}" d="M{x} {TOP}V{HEIGHT - BOTTOM}"/>'
+        f'<text class="note c-{name}" x="{x + shift}" y="{top}" text-anchor="{side}"'
+        f' data-path="accuracy.{name}.kl_mean" data-value="{json.dumps(value)}">'
+        f"mean {value:.3g}</text>"
+    )
+
+
+def _power(exponent: int) -> str:
+    digits = str(exponent).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+    return "1" if exponent == 0 else f"10{digits}"

@@ -1,0 +1,234 @@
+"""report.json and measurements.json: the contract that pipelines read (docs/report.schema.json).
+
+report.json holds what is the same on every run; measurements.json what belongs to this machine and
+this moment. The page (page.py) and the short forms (summary.py) show these values and no others.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .. import bundle
+from ..targets.limits import Finding
+from ..targets.target import Limit, Target
+from . import budget, page, summary
+
+if TYPE_CHECKING:  # both bring torch, which a page does not need
+    from ..quantize.plan import Choice, Plan
+    from .judge import Judgement
+    from .runtime import Measurements
+
+SCHEMA = "slimport.report/1"
+MEASUREMENTS_SCHEMA = "slimport.measurements/1"
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """What is reported on.
+
+    Attributes:
+        model: "name" and "version".
+        container, runtime: as they name themselves, the runtime with its version.
+        weights_digest: of the codes, `sha256:...`.
+        layers: one row per weight, see `layer_rows`.
+        footprint: "device_bytes", "download_bytes", "model_bytes" and "memory", a table of bytes:
+            "mapped", "repacked", "kv_cache", "compute".
+        limits: metric -> limit, see `budget.limits`.
+        adapters: "name", "mode" and "recovery" of each.
+        texts: what the model was judged on: name of the text -> where it comes from.
+        samples: "prompt", "reference" and "artifact": greedy text of both.
+        inputs, tools: as in the manifest.
+        findings: of targets.limits.
+    """
+
+    model: Mapping[str, Any]
+    target: Target
+    container: str
+    runtime: str
+    weights_digest: str
+    layers: Sequence[Mapping[str, Any]]
+    footprint: Mapping[str, Any]
+    limits: Mapping[str, Limit]
+    adapters: Sequence[Mapping[str, Any]] = ()
+    texts: Mapping[str, str] = field(default_factory=dict)
+    samples: Sequence[Mapping[str, str]] = ()
+    inputs: Mapping[str, Any] = field(default_factory=dict)
+    tools: Mapping[str, str] = field(default_factory=dict)
+    findings: Sequence[Finding] = ()
+
+
+def build(subject: Subject, judgement: Judgement | None, codes_equal: bool) -> dict[str, Any]:
+    """The report; `judgement` None: exported with --no-validate, so it cannot have passed."""
+    weights = sum(row["weights"] for row in subject.layers)
+    memory = subject.footprint["memory"]
+    report: dict[str, Any] = {
+        "schema": SCHEMA,
+        "model": dict(subject.model),
+        "target": subject.target.name,
+        "container": subject.container,
+        "runtime": subject.runtime,
+        "weights_digest": subject.weights_digest,
+        "validated": judgement is not None,
+        "footprint": {
+            **subject.footprint,
+            "bits_per_weight": 8 * sum(row["bytes"] for row in subject.layers) / weights,
+            "memory_bytes": sum(memory.values()),
+            "anonymous_bytes": sum(memory.values()) - memory["mapped"],
+            "context_length": subject.target.context_length,
+            "kv_cache": subject.target.kv_cache,
+            "isa": list(subject.target.isa),
+        },
+        **_judged(judgement, codes_equal),
+        "adapters": [dict(adapter) for adapter in subject.adapters],
+        "layers": [dict(row) for row in subject.layers],
+        "groups": size_by_group(subject.layers),
+        "texts": dict(subject.texts),
+        "samples": [dict(sample) for sample in subject.samples],
+        "findings": [asdict(finding) for finding in subject.findings],
+        "inputs": dict(subject.inputs),
+        "tools": dict(subject.tools),
+        **_executed(subject, judgement is not None),
+    }
+    budgets = budget.check(report, subject.limits)
+    report["budgets"] = [one.to_json() for one in budgets]
+    report["passed"] = passed(report)
+    return report
+
+
+def passed(report: Mapping[str, Any]) -> bool:
+    """Whether it was judged and every check holds."""
+    return all(ok for _, ok, _ in summary.checks(report))
+
+
+def _judged(judgement: Judgement | None, codes_equal: bool) -> dict[str, Any]:
+    file = {"codes_equal": codes_equal}
+    if judgement is None:
+        return {"accuracy": {}, "errors": {"file": file}, "tokenizer": {}}
+    accuracy = {name: found.to_json() for name, found in judgement.accuracy.items()}
+    for table in accuracy.values():
+        table["ppl_ratio"] = budget.ratio(table)
+    return {
+        "accuracy": accuracy,
+        "errors": {
+            "quantization": {"kl_mean": judgement.quantization.kl_mean},
+            "file": file,
+            "runtime": {"kl_mean": judgement.runtime.kl_mean},
+        },
+        "tokenizer": judgement.conformance.to_json(),
+    }
+
+
+def _executed(subject: Subject, validated: bool) -> dict[str, list[str]]:
+    """In words, what ran here and what did not."""
+    here = f"{subject.runtime} on {platform.machine()}"
+    phone = f"{subject.target.title}: no phone hardware was used; its memory is predicted, not run"
+    if validated:
+        return {"executed": [f"the shipped file in {here}"], "not_executed": [phone]}
+    return {"executed": [], "not_executed": [f"the shipped file in {here}", phone]}
+
+
+def layer_rows(
+    plan: Plan, errors: Mapping[str, float], tensor_bytes: Mapping[str, int]
+) -> list[dict[str, Any]]:
+    """One row per weight, in the order of the forward pass.
+
+    Args:
+        errors: relative RMSE of each quantized weight; a float one has none (null).
+        tensor_bytes: bytes of each weight in the container; a weight that is not there counts as
+            packed codes and fp16 scales, or as float16, float32 if it is a vector.
+    """
+    return [
+        {
+            "name": choice.weight.name,
+            "kind": choice.weight.kind.value,
+            "layer": choice.weight.layer,
+            "grid": choice.grid.name if choice.grid else None,
+            "method": choice.method,
+            "weights": prod(choice.weight.shape),
+            "bytes": tensor_bytes.get(choice.weight.name, _bytes(choice)),
+            "relative_rmse": errors.get(choice.weight.name) if choice.grid else None,
+        }
+        for choice in plan.choices
+    ]
+
+
+def _bytes(choice: Choice) -> int:
+    shape = choice.weight.shape
+    if choice.grid and len(shape) == 2:
+        return choice.grid.bytes_of((shape[0], shape[1]))
+    return prod(shape) * (2 if len(shape) == 2 else 4)
+
+
+GROUPS = {
+    "token_embd": "embedding",
+    "output": "head",
+    "attn_q": "attention",
+    "attn_k": "attention",
+    "attn_v": "attention",
+    "attn_output": "attention",
+    "ffn_gate": "feed-forward",
+    "ffn_up": "feed-forward",
+    "ffn_down": "feed-forward",
+}
+
+
+def size_by_group(layers: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Bytes and bits per weight of embedding, head, attention, feed-forward and norms."""
+    groups: dict[str, dict[str, Any]] = {}
+    for row in layers:
+        name = GROUPS.get(row["kind"], "norms")
+        group = groups.setdefault(name, {"group": name, "grids": [], "weights": 0, "bytes": 0})
+        group["weights"] += row["weights"]
+        group["bytes"] += row["bytes"]
+        group["grids"] = sorted({*group["grids"], row["grid"] or "float"})
+    for group in groups.values():
+        group["bits_per_weight"] = 8 * group["bytes"] / group["weights"]
+    return sorted(groups.values(), key=lambda group: (-group["bytes"], group["group"]))
+
+
+def measurements(measured: Measurements | None) -> dict[str, Any]:
+    """measurements.json: what belongs to this machine and this moment; no host name."""
+    return {
+        "schema": MEASUREMENTS_SCHEMA,
+        "machine": machine(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "speed": [speed.to_json() for speed in measured.speed] if measured else [],
+        "memory": measured.memory.to_json() if measured else None,
+        "rss_anon": measured.rss_anon if measured else None,
+        "rss_file": measured.rss_file if measured else None,
+    }
+
+
+def machine() -> str:
+    """Processor, cores and system, such as "AMD EPYC 7B13, 2 cores, Linux x86_64"."""
+    try:
+        found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+    except OSError:
+        found = None
+    processor = found[1].strip() if found else platform.processor() or platform.machine()
+    cores = os.cpu_count() or 1
+    return f"{processor}, {cores} cores, {platform.system()} {platform.machine()}"
+
+
+def joined(report: Mapping[str, Any], measured: Mapping[str, Any]) -> dict[str, Any]:
+    """Both in one object, as `--json` prints them and the page shows them."""
+    return {**report, "measurements": dict(measured)}
+
+
+def write(folder: Path, report: Mapping[str, Any], measured: Mapping[str, Any]) -> None:
+    """Write the five files of a bundle's report/ into `folder`, which may exist."""
+    folder.mkdir(exist_ok=True)
+    (folder / "report.json").write_bytes(bundle.canonical_json(report))
+    (folder / "measurements.json").write_bytes(bundle.canonical_json(measured))
+    (folder / "summary.md").write_text(summary.markdown(report), encoding="utf-8")
+    (folder / "junit.xml").write_text(summary.junit(report), encoding="utf-8")
+    html = page.render(joined(report, measured))
+    (folder / "report.html").write_text(html, encoding="utf-8")

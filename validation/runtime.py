@@ -1,0 +1,170 @@
+"""What validation asks of a runtime, and the values that it answers with.
+
+A runtime is a module (runtimes.llamacpp, ...): it executes a file that slimport made the way a
+device will, in a child process of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from .worker import Progress
+
+Ids = npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True, slots=True)
+class Speed:
+    """One prompt, timed on this machine.
+
+    Attributes:
+        prompt_tokens: length of the prompt.
+        ttft_s: seconds until the first token is chosen.
+        prompt_tps: prompt tokens per second.
+        generation_tps: generated tokens per second after the first.
+        total_s: seconds for prompt and generation.
+    """
+
+    prompt_tokens: int
+    ttft_s: float
+    prompt_tps: float
+    generation_tps: float
+    total_s: float
+
+    def to_json(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in self.__slots__}
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Bytes of a loaded model.
+
+    Attributes:
+        mapped: weights in the mapped file, those that are also repacked too (file-backed).
+        repacked: weights copied into another layout for this CPU (anonymous).
+        kv_cache: keys and values at the full context (anonymous).
+        compute: activations and logits (anonymous).
+    """
+
+    mapped: int
+    repacked: int
+    kv_cache: int
+    compute: int
+
+    @property
+    def anonymous(self) -> int:
+        """Bytes that a system cannot evict, only swap."""
+        return self.repacked + self.kv_cache + self.compute
+
+    @property
+    def total(self) -> int:
+        return self.mapped + self.anonymous
+
+    def to_json(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in self.__slots__}
+
+
+@dataclass(frozen=True, slots=True)
+class Measurements:
+    """Of this machine only: never in a digest, never a gate for a phone.
+
+    Attributes:
+        speed: one entry per prompt length that fits into the context.
+        memory: as the runtime states it.
+        rss_anon, rss_file: bytes that the process gained from opening the model to the end of the
+            last prompt; None where the system does not tell them apart.
+    """
+
+    speed: tuple[Speed, ...]
+    memory: Memory
+    rss_anon: int | None
+    rss_file: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """Greedy tokens after a prompt, without the token that ended them.
+
+    Attributes:
+        tokens: the generated ids.
+        stopped: whether an end-of-generation token came before `max_tokens`.
+    """
+
+    tokens: tuple[int, ...]
+    stopped: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Vocabulary:
+    """What a runtime made of a file's tokenizer.
+
+    Attributes:
+        size: tokens.
+        eog: every id at which the runtime stops generating.
+        bos: the id of the begin-of-sequence token, or None.
+        adds_bos: whether the runtime puts it before a text by itself.
+        chat_template: the template in the file, or None.
+    """
+
+    size: int
+    eog: tuple[int, ...]
+    bos: int | None
+    adds_bos: bool
+    chat_template: str | None
+
+
+class Runtime(Protocol):
+    """Executes a container; every function opens the file in a child process."""
+
+    def version(self) -> str:
+        """The runtime's name and version, as it stands in reports."""
+
+    def logits(
+        self,
+        file: Path,
+        windows: Ids,
+        out: Path,
+        *,
+        kv_cache: str = "f16",
+        adapter: Path | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        """Write float32 logits (n, length, vocabulary) of windows (n, length) as a .npy file."""
+
+    def tokenize(self, file: Path, texts: Sequence[str]) -> list[list[int]]:
+        """Ids as the runtime's own tokenizer sees each text; special tokens in it are parsed."""
+
+    def vocabulary(self, file: Path) -> Vocabulary:
+        """What the runtime read of the tokenizer: where it stops, what it adds."""
+
+    def generate(
+        self,
+        file: Path,
+        prompts: Sequence[Sequence[int]],
+        max_tokens: int,
+        *,
+        kv_cache: str = "f16",
+        adapter: Path | None = None,
+        progress: Progress | None = None,
+    ) -> list[Generation]:
+        """Greedy continuation of each prompt."""
+
+    def measure(
+        self,
+        file: Path,
+        context: int,
+        prompt_lengths: Sequence[int],
+        *,
+        kv_cache: str = "f16",
+        progress: Progress | None = None,
+    ) -> Measurements:
+        """Speed and memory at a context length, on this machine."""
+
+    def memory_on(self, file: Path, isa: Collection[str], measured: Memory) -> Memory:
+        """The memory that was measured here, with weights as predicted for another CPU."""

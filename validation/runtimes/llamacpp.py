@@ -1,0 +1,169 @@
+"""llama.cpp as it runs on a device: same file, same kernels, same KV cache.
+
+Fills `validation.runtime.Runtime` for GGUF files. Everything happens in a child process
+(`llamacpp_worker`), which imports neither torch nor transformers and starts in a moment.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ...errors import BadInput, ValidationFailed
+from ...quantize import ggml
+from .. import worker
+from ..runtime import Generation, Ids, Measurements, Memory, Speed, Vocabulary
+from ..worker import Progress
+from . import llamacpp_memory
+
+_WORKER = "slimport.validation.runtimes.llamacpp_worker"
+
+version = ggml.version
+memory_on = llamacpp_memory.memory_on
+
+
+def logits(
+    file: Path,
+    windows: Ids,
+    out: Path,
+    *,
+    kv_cache: str = "f16",
+    adapter: Path | None = None,
+    scale: float = 1.0,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> None:
+    """Logits at every position of every window, each window from an empty cache.
+
+    Args:
+        file: a GGUF model.
+        windows: int32 (n, length) token ids, as they are: nothing is put before them.
+        out: becomes a .npy file of float32 (n, length, vocabulary).
+        kv_cache: a ggml type. `f32` also turns flash attention off, for comparisons of the
+            mathematics; anything else leaves it on automatic, as on a device.
+        adapter: a GGUF adapter applied at run time, with `scale`.
+        threads: CPU threads; all by default.
+
+    Raises:
+        BadInput: no windows, or no such file.
+        ValidationFailed: llama.cpp refuses the file or crashes.
+        EnvironmentFailed: the disk is full.
+    """
+    if windows.ndim != 2 or not windows.size:
+        raise BadInput(
+            f"windows of shape {windows.shape} cannot be run",
+            "validation needs at least one window of token ids, int32 (n, length)",
+            "give a longer text",
+        )
+    arguments = {"windows": windows.tolist(), "out": str(out), "kv_cache": kv_cache}
+    _call("logits", file, progress, **arguments, **_adapter(adapter, scale), **_threads(threads))
+
+
+def tokenize(file: Path, texts: Sequence[str]) -> list[list[int]]:
+    """Ids of each text by llama.cpp's tokenizer: no special tokens added, those in it parsed."""
+    found: list[list[int]] = _call("tokenize", file, texts=list(texts))
+    return found
+
+
+def vocabulary(file: Path) -> Vocabulary:
+    """What llama.cpp read of the tokenizer: where it stops, what it adds."""
+    found = _call("vocabulary", file)
+    return Vocabulary(**{**found, "eog": tuple(found["eog"])})
+
+
+def generate(
+    file: Path,
+    prompts: Sequence[Sequence[int]],
+    max_tokens: int,
+    *,
+    kv_cache: str = "f16",
+    adapter: Path | None = None,
+    scale: float = 1.0,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> list[Generation]:
+    """Greedy tokens after each prompt of ids, up to an end-of-generation token.
+
+    Raises:
+        BadInput: an empty prompt.
+        ValidationFailed: llama.cpp refuses the file or crashes.
+    """
+    if not prompts or not all(map(len, prompts)):
+        raise BadInput(
+            "an empty prompt cannot be continued",
+            "greedy generation needs at least one token id",
+            "give prompts of at least one token",
+        )
+    arguments: dict[str, Any] = {"prompts": [list(map(int, prompt)) for prompt in prompts]}
+    arguments |= {"max_tokens": max_tokens, "kv_cache": kv_cache}
+    arguments |= _adapter(adapter, scale) | _threads(threads)
+    found = _call("generate", file, progress, **arguments)
+    return [Generation(tuple(tokens), stopped) for tokens, stopped in found]
+
+
+def measure(
+    file: Path,
+    context: int,
+    prompt_lengths: Sequence[int] = (200, 400, 600, 800, 1000),
+    *,
+    generated: int = 64,
+    kv_cache: str = "f16",
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> Measurements:
+    """Time prompts of random tokens and read memory, with a context of `context` tokens.
+
+    Prompt lengths that leave no room for `generated` tokens (at least 2) are left out. Memory is
+    what llama.cpp logs, to 0.01 MiB.
+
+    Raises:
+        ValidationFailed: llama.cpp refuses the file, crashes, or logs no buffer sizes.
+    """
+    arguments: dict[str, Any] = {"context": context, "prompt_lengths": list(prompt_lengths)}
+    arguments |= {"generated": max(2, generated), "kv_cache": kv_cache} | _threads(threads)
+    found = _call("measure", file, progress, **arguments)
+    return Measurements(
+        speed=tuple(Speed(**speed) for speed in found["speed"]),
+        memory=_memory(found["buffers"]),
+        rss_anon=found["rss_anon"],
+        rss_file=found["rss_file"],
+    )
+
+
+def _memory(buffers: dict[str, int]) -> Memory:
+    def total(*endings: str) -> int:
+        return sum(size for name, size in buffers.items() if name.endswith(endings))
+
+    memory = Memory(
+        mapped=total("CPU_Mapped model"),
+        repacked=total("CPU_REPACK model"),
+        kv_cache=total("KV"),
+        compute=total("compute", "output"),
+    )
+    if not (memory.mapped and memory.kv_cache and memory.compute):
+        raise ValidationFailed(
+            "llama.cpp's memory cannot be read from its log",
+            f"it names the buffers {', '.join(sorted(buffers)) or 'none'}",
+            "report this: the log of this llama.cpp is not the one slimport reads",
+        )
+    return memory
+
+
+def _adapter(adapter: Path | None, scale: float) -> dict[str, Any]:
+    return {"adapter": None if adapter is None else str(adapter), "scale": scale}
+
+
+def _threads(threads: int | None) -> dict[str, int]:
+    return {"threads": worker.threads() if threads is None else threads}
+
+
+def _call(job: str, file: Path, progress: Progress | None = None, **arguments: Any) -> Any:
+    ggml.library()  # a wrong release is said here, before a child is started
+    if not file.is_file():
+        raise BadInput(
+            f"there is no file {file.name}",
+            "llama.cpp runs a GGUF file",
+            "export the model first",
+        )
+    return worker.call(_WORKER, job, {"file": str(file), **arguments}, progress)

@@ -1,0 +1,425 @@
+"""llama.cpp's C API through ctypes: the child process behind `llamacpp`.
+
+Structs are those of `include/llama.h` in the release that `quantize.ggml` accepts; their known
+defaults are compared before any struct is passed back.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import sys
+import time
+from collections.abc import Sequence
+from ctypes import POINTER, c_bool, c_float, c_int32, c_size_t, c_uint32, c_void_p
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ...errors import DependencyMissing, Unsupported, ValidationFailed
+from ...quantize import ggml
+from ...quantize.grid import Float32
+from .. import worker
+from ..logits import writer
+
+
+class _ModelParams(ctypes.Structure):
+    _fields_ = (
+        ("devices", c_void_p),
+        ("tensor_buft_overrides", c_void_p),
+        ("n_gpu_layers", c_int32),
+        ("split_mode", c_int32),
+        ("load_mode", c_int32),
+        ("lazy_mode", c_int32),
+        ("main_gpu", c_int32),
+        ("tensor_split", c_void_p),
+        ("progress_callback", c_void_p),
+        ("progress_callback_user_data", c_void_p),
+        ("kv_overrides", c_void_p),
+        ("vocab_only", c_bool),
+        ("check_tensors", c_bool),
+        ("use_extra_bufts", c_bool),
+        ("no_host", c_bool),
+        ("no_alloc", c_bool),
+        ("load_mtp", c_bool),
+    )
+
+
+class _ContextParams(ctypes.Structure):
+    _fields_ = (
+        ("n_ctx", c_uint32),
+        ("n_batch", c_uint32),
+        ("n_ubatch", c_uint32),
+        ("n_seq_max", c_uint32),
+        ("n_rs_seq", c_uint32),
+        ("n_outputs_max", c_uint32),
+        ("n_outputs_max_per_seq", c_uint32),
+        ("n_threads", c_int32),
+        ("n_threads_batch", c_int32),
+        ("ctx_type", c_int32),
+        ("rope_scaling_type", c_int32),
+        ("pooling_type", c_int32),
+        ("attention_type", c_int32),
+        ("flash_attn_type", c_int32),
+        ("rope_freq_base", c_float),
+        ("rope_freq_scale", c_float),
+        ("yarn_ext_factor", c_float),
+        ("yarn_attn_factor", c_float),
+        ("yarn_beta_fast", c_float),
+        ("yarn_beta_slow", c_float),
+        ("yarn_orig_ctx", c_uint32),
+        ("defrag_thold", c_float),
+        ("cb_eval", c_void_p),
+        ("cb_eval_user_data", c_void_p),
+        ("type_k", c_int32),
+        ("type_v", c_int32),
+        ("moe_cache_size", c_size_t),
+        ("abort_callback", c_void_p),
+        ("abort_callback_data", c_void_p),
+        ("embeddings", c_bool),
+        ("offload_kqv", c_bool),
+        ("no_perf", c_bool),
+        ("op_offload", c_bool),
+        ("swa_full", c_bool),
+        ("kv_unified", c_bool),
+        ("samplers", c_void_p),
+        ("n_samplers", c_size_t),
+        ("ctx_other", c_void_p),
+    )
+
+
+class _Batch(ctypes.Structure):
+    _fields_ = (
+        ("n_tokens", c_int32),
+        ("token", POINTER(c_int32)),
+        ("embd", c_void_p),
+        ("pos", POINTER(c_int32)),
+        ("n_seq_id", POINTER(c_int32)),
+        ("seq_id", POINTER(POINTER(c_int32))),
+        ("logits", POINTER(ctypes.c_int8)),
+    )
+
+
+_Log = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, c_void_p)
+_log_lines: list[str] = []
+_error_lines: list[str] = []
+_LOG_LEVEL_ERROR = 4
+
+
+def _keep_log(level: int, text: bytes, _: int) -> None:
+    line = text.decode("utf-8", "replace")
+    (_error_lines if level == _LOG_LEVEL_ERROR else _log_lines).append(line)
+    sys.stderr.write(line)  # so that the parent sees the last lines of a crash
+    sys.stderr.flush()
+
+
+_callback = _Log(_keep_log)  # llama.cpp keeps the pointer: it must live as long as the process
+
+
+@cache
+def _library() -> ctypes.CDLL:
+    """llama.cpp with its argument types declared, logging to `_log_lines`, probed."""
+    lib = ggml.library()
+    pointer, text = c_void_p, ctypes.c_char_p
+    for name, result, *arguments in (
+        ("llama_model_default_params", _ModelParams),
+        ("llama_context_default_params", _ContextParams),
+        ("llama_log_set", None, _Log, pointer),
+        ("llama_backend_init", None),
+        ("llama_model_load_from_file", pointer, text, _ModelParams),
+        ("llama_init_from_model", pointer, pointer, _ContextParams),
+        ("llama_batch_init", _Batch, c_int32, c_int32, c_int32),
+        ("llama_decode", c_int32, pointer, _Batch),
+        ("llama_get_logits", POINTER(c_float), pointer),
+        ("llama_get_logits_ith", POINTER(c_float), pointer, c_int32),
+        ("llama_get_memory", pointer, pointer),
+        ("llama_memory_clear", None, pointer, c_bool),
+        ("llama_model_get_vocab", pointer, pointer),
+        ("llama_model_chat_template", text, pointer, text),
+        ("llama_vocab_n_tokens", c_int32, pointer),
+        ("llama_vocab_is_eog", c_bool, pointer, c_int32),
+        ("llama_vocab_bos", c_int32, pointer),
+        ("llama_vocab_get_add_bos", c_bool, pointer),
+        (
+            *("llama_tokenize", c_int32, pointer, text, c_int32),
+            *(POINTER(c_int32), c_int32, c_bool, c_bool),
+        ),
+        ("llama_adapter_lora_init", pointer, pointer, text),
+        (
+            *("llama_set_adapters_lora", c_int32, pointer, POINTER(pointer), c_size_t),
+            POINTER(c_float),
+        ),
+    ):
+        function = getattr(lib, name)
+        function.restype, function.argtypes = result, arguments
+    _probe(lib)
+    lib.llama_log_set(_callback, None)
+    lib.llama_backend_init()
+    return lib
+
+
+def _probe(lib: ctypes.CDLL) -> None:
+    """Compare defaults at the start, middle and end of both structs with what they must be."""
+    context, model = lib.llama_context_default_params(), lib.llama_model_default_params()
+    names = (
+        "n_batch",
+        "n_ubatch",
+        "yarn_ext_factor",
+        "type_k",
+        "type_v",
+        "n_samplers",
+        "ctx_other",
+    )
+    found = [getattr(context, name) for name in names]
+    flags = (model.vocab_only, model.check_tensors, model.use_extra_bufts, model.no_alloc)
+    if found != [2048, 512, -1.0, 1, 1, 0, None] or flags != (False, False, True, False):
+        raise DependencyMissing(
+            f"{ggml.DISTRIBUTION} {ggml.RELEASE} has other C structs than it should",
+            f"its default parameters read {found} and {flags}",
+            f"pip install --force-reinstall {ggml.DISTRIBUTION}=={ggml.RELEASE}",
+        )
+
+
+class _Model:
+    """A loaded file; the process ends after its one job, so nothing is freed."""
+
+    def __init__(self, file: str, vocab_only: bool = False) -> None:
+        self.lib, self.name = _library(), Path(file).name
+        params = self.lib.llama_model_default_params()
+        params.vocab_only = vocab_only
+        self.model = self.lib.llama_model_load_from_file(os.fsencode(file), params)
+        if not self.model:
+            raise _refused(f"llama.cpp does not load {self.name}")
+        self.vocab = self.lib.llama_model_get_vocab(self.model)
+        self.vocab_size = int(self.lib.llama_vocab_n_tokens(self.vocab))
+
+    def open(self, length: int, batch: int, kv_cache: str, threads: int) -> None:
+        """Make the context: room for `length` tokens, decoded at most `batch` at a time."""
+        params = self.lib.llama_context_default_params()
+        params.n_ctx, params.n_batch, params.n_ubatch = length, batch, min(batch, 512)
+        params.n_threads = params.n_threads_batch = threads
+        params.type_k = params.type_v = _cache_type(kv_cache)
+        # Flash attention rounds to f16, which would hide what an f32 cache is asked to show.
+        params.flash_attn_type = 0 if kv_cache == "f32" else -1
+        self.context = self.lib.llama_init_from_model(self.model, params)
+        if not self.context:
+            raise _refused(f"llama.cpp cannot run {self.name} with {length} tokens of context")
+        self.batch = self.lib.llama_batch_init(batch, 0, 1)
+        self.batch_size = batch
+
+    def attach(self, adapter: str, scale: float) -> None:
+        handle = self.lib.llama_adapter_lora_init(self.model, os.fsencode(adapter))
+        if not handle:
+            raise _refused(f"llama.cpp does not load the adapter {Path(adapter).name}")
+        handles, scales = (c_void_p * 1)(handle), (c_float * 1)(scale)
+        if self.lib.llama_set_adapters_lora(self.context, handles, 1, scales):
+            raise _refused(f"llama.cpp does not apply the adapter {Path(adapter).name}")
+
+    def clear(self) -> None:
+        self.lib.llama_memory_clear(self.lib.llama_get_memory(self.context), True)
+
+    def decode(self, tokens: Sequence[int], start: int, all_logits: bool = False) -> None:
+        """Feed at most `batch_size` tokens at positions from `start`."""
+        batch = self.batch
+        batch.n_tokens = len(tokens)
+        for index, token in enumerate(tokens):
+            batch.token[index], batch.pos[index] = token, start + index
+            batch.n_seq_id[index], batch.seq_id[index][0] = 1, 0
+            batch.logits[index] = all_logits or index == len(tokens) - 1
+        status = self.lib.llama_decode(self.context, batch)
+        if status:
+            raise _refused(f"llama.cpp cannot decode {len(tokens)} tokens (status {status})")
+
+    def prompt(self, tokens: Sequence[int]) -> None:
+        """Feed a whole prompt from position 0."""
+        self.clear()
+        for start in range(0, len(tokens), self.batch_size):
+            self.decode(tokens[start : start + self.batch_size], start)
+
+    def all_logits(self, count: int) -> Float32:
+        """Logits of the last `decode`, float32 (count, vocabulary); valid until the next one."""
+        pointer = self.lib.llama_get_logits(self.context)
+        return np.ctypeslib.as_array(pointer, (count, self.vocab_size))
+
+    def best(self) -> int:
+        """The most likely next token."""
+        pointer = self.lib.llama_get_logits_ith(self.context, -1)
+        return int(np.ctypeslib.as_array(pointer, (self.vocab_size,)).argmax())
+
+    def ends(self, token: int) -> bool:
+        return bool(self.lib.llama_vocab_is_eog(self.vocab, token))
+
+    def tokenize(self, text: str) -> list[int]:
+        print(f"tokenizing {text[:80]!r}", file=sys.stderr)  # llama.cpp may abort on it
+        raw = text.encode()
+        ids = (c_int32 * (len(raw) + 8))()
+        count = self.lib.llama_tokenize(self.vocab, raw, len(raw), ids, len(ids), False, True)
+        if count < 0:
+            raise _refused(f"llama.cpp does not tokenize {text!r} (status {count})")
+        return list(ids[:count])
+
+
+def _cache_type(name: str) -> int:
+    if name.upper() not in ggml.Type.__members__:
+        raise Unsupported(
+            f"KV cache type {name!r} is not supported",
+            "llama.cpp caches keys and values in one of ggml's types",
+            "choose f16, q8_0 or f32",
+        )
+    return ggml.Type[name.upper()]
+
+
+def _refused(what: str) -> ValidationFailed:
+    lines = "".join(_error_lines or _log_lines).strip().splitlines()
+    last = "; ".join(line.strip() for line in lines[-3:]) or "nothing"
+    return ValidationFailed(what, f"its log says: {last}", "export the file again from the model")
+
+
+def _logits(
+    file: str,
+    windows: list[list[int]],
+    out: str,
+    kv_cache: str,
+    threads: int,
+    adapter: str | None,
+    scale: float,
+) -> None:
+    model = _Model(file)
+    length = len(windows[0])
+    # Logits of one batch stay under 64 MiB, whatever the vocabulary.
+    batch = min(length, 512, max(32, 2**24 // model.vocab_size))
+    model.open(length, batch, kv_cache, threads)
+    if adapter is not None:
+        model.attach(adapter, scale)
+    with writer(Path(out), (len(windows), length, model.vocab_size)) as target:
+        for window in worker.counted(windows, len(windows)):
+            model.clear()
+            for start in range(0, length, batch):
+                tokens = window[start : start + batch]
+                model.decode(tokens, start, all_logits=True)
+                target.write(model.all_logits(len(tokens)).data)
+
+
+def _tokenize(file: str, texts: list[str]) -> list[list[int]]:
+    model = _Model(file, vocab_only=True)
+    return [model.tokenize(text) for text in texts]
+
+
+def _vocabulary(file: str) -> dict[str, Any]:
+    model = _Model(file, vocab_only=True)
+    template = model.lib.llama_model_chat_template(model.model, None)
+    bos = int(model.lib.llama_vocab_bos(model.vocab))
+    return {
+        "size": model.vocab_size,
+        "eog": [token for token in range(model.vocab_size) if model.ends(token)],
+        "bos": None if bos < 0 else bos,
+        "adds_bos": bool(model.lib.llama_vocab_get_add_bos(model.vocab)),
+        "chat_template": None if template is None else template.decode(),
+    }
+
+
+def _generate(
+    file: str,
+    prompts: list[list[int]],
+    max_tokens: int,
+    kv_cache: str,
+    threads: int,
+    adapter: str | None,
+    scale: float,
+) -> list[tuple[list[int], bool]]:
+    model = _Model(file)
+    model.open(max(map(len, prompts)) + max_tokens, 512, kv_cache, threads)
+    if adapter is not None:
+        model.attach(adapter, scale)
+    return [_greedy(model, prompt, max_tokens) for prompt in worker.counted(prompts, len(prompts))]
+
+
+def _greedy(model: _Model, prompt: list[int], max_tokens: int) -> tuple[list[int], bool]:
+    model.prompt(prompt)
+    tokens: list[int] = []
+    while len(tokens) < max_tokens:
+        token = model.best()
+        if model.ends(token):
+            return tokens, True
+        tokens.append(token)
+        if len(tokens) < max_tokens:
+            model.decode([token], len(prompt) + len(tokens) - 1)
+    return tokens, False
+
+
+def _measure(
+    file: str,
+    context: int,
+    prompt_lengths: list[int],
+    generated: int,
+    kv_cache: str,
+    threads: int,
+) -> dict[str, Any]:
+    _library()
+    anon, mapped = _rss()
+    model = _Model(file)
+    model.open(context, min(context, 512), kv_cache, threads)
+    tokens = np.random.default_rng(0).integers(model.vocab_size, size=context).tolist()
+    model.prompt(tokens[: min(32, context)])  # the first decode reads the file: not timed
+    fitting = [length for length in prompt_lengths if length + generated <= context]
+    speed = [
+        _time(model, tokens[:length], generated) for length in worker.counted(fitting, len(fitting))
+    ]
+    anon_now, mapped_now = _rss()
+    return {
+        "speed": speed,
+        "buffers": _buffers("".join(_log_lines)),
+        "rss_anon": None if anon is None or anon_now is None else anon_now - anon,
+        "rss_file": None if mapped is None or mapped_now is None else mapped_now - mapped,
+    }
+
+
+def _time(model: _Model, prompt: list[int], generated: int) -> dict[str, float]:
+    start = time.perf_counter()
+    model.prompt(prompt)
+    token = model.best()
+    first = time.perf_counter()
+    for step in range(generated - 1):  # end-of-generation tokens do not shorten the timing
+        model.decode([token], len(prompt) + step)
+        token = model.best()
+    end = time.perf_counter()
+    return {
+        "prompt_tokens": len(prompt),
+        "ttft_s": first - start,
+        "prompt_tps": len(prompt) / (first - start),
+        "generation_tps": (generated - 1) / (end - first),
+        "total_s": end - start,
+    }
+
+
+def _buffers(log: str) -> dict[str, int]:
+    """Bytes by the names that llama.cpp logs, such as `CPU_REPACK model`, `CPU KV`."""
+    found: dict[str, int] = {}
+    for name, size in re.findall(r"(\S+ +\w+) buffer size = +([\d.]+) MiB", log):
+        key = " ".join(name.split())
+        found[key] = found.get(key, 0) + round(float(size) * 2**20)
+    return found
+
+
+def _rss() -> tuple[int | None, int | None]:
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return None, None
+    text = status.read_text()
+    anon, mapped = (re.search(rf"{key}:\s+(\d+) kB", text) for key in ("RssAnon", "RssFile"))
+    return tuple(None if found is None else int(found[1]) * 1024 for found in (anon, mapped))  # type: ignore[return-value]
+
+
+if __name__ == "__main__":
+    worker.serve(
+        {
+            "logits": _logits,
+            "tokenize": _tokenize,
+            "vocabulary": _vocabulary,
+            "generate": _generate,
+            "measure": _measure,
+        }
+    )

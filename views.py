@@ -1,0 +1,170 @@
+"""Results as tables for a person at a terminal."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .console import table
+from .settings import format_size
+
+if TYPE_CHECKING:
+    from .forecast import Forecast
+    from .targets.target import Target
+
+Rows = Sequence[Mapping[str, Any]]
+
+
+def bundle(folder: Path) -> None:
+    """One table for a finished bundle: files, bytes, accuracy, speed, budgets, what was not run."""
+    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    files = [[entry["path"], format_size(entry["bytes"])] for entry in manifest["files"]]
+    table(f"{folder}", ["file", "bytes"], files)
+    if not manifest["validated"]:
+        print("Not validated (--no-validate): `slimport check` will refuse it.")
+        return
+    found = json.loads((folder / "report/report.json").read_text(encoding="utf-8"))
+    measured = json.loads((folder / "report/measurements.json").read_text(encoding="utf-8"))
+    report({**found, **measured})
+    print(f"Report: {folder / 'report/report.html'}")
+
+
+def report(found: Mapping[str, Any]) -> None:
+    """Accuracy, footprint, speed and budgets of a joined report."""
+    table("", ["accuracy", "KL mean", "KL 99%", "top-1", "perplexity", "tokens"], _accuracy(found))
+    footprint = found["footprint"]
+    memory = footprint["memory"]
+    table(
+        "",
+        ["footprint", ""],
+        [
+            ["model", format_size(footprint["model_bytes"])],
+            ["bits per weight", f"{footprint['bits_per_weight']:.2f}"],
+            ["download", format_size(footprint["download_bytes"])],
+            *([f"memory, {name.replace('_', ' ')}", format_size(memory[name])] for name in memory),
+        ],
+    )
+    if speed := found.get("speed"):
+        columns = ["on this machine: prompt", "TTFT", "prompt tokens/s", "generated tokens/s"]
+        table("", columns, [_speed(row) for row in speed])
+    budgets(found["budgets"])
+    print(found["executed"])
+
+
+def _accuracy(found: Mapping[str, Any]) -> list[list[str]]:
+    return [
+        [
+            text.replace("_", " "),
+            f"{row['kl_mean']:.5f}",
+            f"{row['kl_p99']:.4f}",
+            f"{row['top1']:.1%}",
+            f"{row['ppl_reference']:.3f} > {row['ppl']:.3f}",
+            f"{row['tokens']:,}",
+        ]
+        for text, row in found["accuracy"].items()
+    ]
+
+
+def _speed(row: Mapping[str, Any]) -> list[str]:
+    return [
+        f"{row['prompt_tokens']}",
+        f"{row['ttft_s'] * 1000:.0f} ms",
+        f"{row['prompt_tps']:.0f}",
+        f"{row['generation_tps']:.0f}",
+    ]
+
+
+def budgets(rows: Rows) -> None:
+    table(
+        "",
+        ["budget", "", "value", "limit"],
+        [
+            [
+                row["metric"],
+                "ok" if row["ok"] else "BROKEN",
+                _value(row["value"], row["unit"]),
+                _value(row["limit"], row["unit"]),
+            ]
+            for row in rows
+        ],
+    )
+
+
+def _value(value: float | None, unit: str) -> str:
+    if value is None:
+        return "not measured"
+    return format_size(value) if unit == "bytes" else f"{value:.4g}"
+
+
+def forecast(found: Forecast) -> None:
+    """The plan, predicted bytes, memory, disk and time of a dry run."""
+    grids(found.grids)
+    for job in found.jobs:
+        rows = [[name, format_size(size)] for name, size in job.files.items()]
+        table(f"{job.target}: {job.container}", ["file", "bytes"], rows)
+    table(
+        "",
+        ["predicted", ""],
+        [
+            ["anonymous memory, peak", format_size(found.memory)],
+            ["disk, with temporary files", format_size(found.disk)],
+            ["free disk", format_size(found.free_disk)],
+            ["time on this machine, about", f"{found.seconds:.0f} s"],
+        ],
+    )
+    for name, reason in found.floats.items():
+        print(f"{name}: {reason}")
+
+
+def grids(rows: Rows) -> None:
+    table(
+        "",
+        ["grid", "method", "weights", "bytes"],
+        [
+            [row["grid"], row["method"], str(row["weights"]), format_size(row["bytes"])]
+            for row in rows
+        ],
+    )
+
+
+def inspection(found: Mapping[str, Any]) -> None:
+    """A model, a bundle or a GGUF file, one line per fact."""
+    rows = [
+        [key, _short(value)]
+        for key, value in found.items()
+        if key not in ("schema", "plan", "files", "decoder", "metadata", "recipe")
+    ]
+    for part in ("decoder", "metadata"):
+        rows += [[f"{part}.{key}", _short(value)] for key, value in found.get(part, {}).items()]
+    table("", ["", ""], rows)
+    if "plan" in found:
+        grids(found["plan"]["summary"])
+
+
+def _short(value: Any) -> str:
+    words = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return words if len(words) < 100 else f"{words[:97]}..."
+
+
+def targets(profiles: Sequence[Target]) -> None:
+    table(
+        "",
+        ["target", "what", "container", "context", "memory budget"],
+        [
+            [
+                profile.name,
+                profile.title,
+                ", ".join(profile.containers),
+                str(profile.context_length),
+                format_size(profile.budgets["memory_bytes"].limit),
+            ]
+            for profile in profiles
+        ],
+    )
+
+
+def doctor(rows: Rows) -> None:
+    shown = [[r["name"], "ok" if r["ok"] else "MISSING", r["found"], r["cure"]] for r in rows]
+    table("", ["", "", "found", "cure"], shown)
