@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 import platform
 import shutil
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from .bundle import canonical_json
+from .export.container import Container
 from .quantize.store import QuantizedCheckpoint
+from .settings import format_size
 from .source import Source
+from .targets.target import Target
 
 TOOLS = ("slimport", "torch", "transformers", "peft", "numpy", "numba", "gguf", "xllamacpp")
 SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
@@ -51,7 +55,7 @@ def write_tokenizer_notes(source: Source, golden: dict[str, Any] | None, folder:
         "schema": "slimport.generation/1",
         "sampling": sampling(source),
         "eos_ids": list(tokenizer.eos_ids),
-        "stop_strings": [tokenizer.decode([token]) for token in tokenizer.eos_ids],
+        "stop_strings": stops(source),
         "chat_template": tokenizer.chat_template,
     }
     (target / "generation.json").write_bytes(canonical_json(notes))
@@ -89,3 +93,40 @@ def inputs(source: Source, quantized: QuantizedCheckpoint) -> dict[str, Any]:
 def tools() -> dict[str, str]:
     """Versions of what the bytes depend on."""
     return {"python": platform.python_version()} | {name: version(name) for name in TOOLS}
+
+
+def write_readme(
+    container: Container,
+    target: Target,
+    source: Source,
+    report: Mapping[str, Any],
+    model: Path,
+    adapters: Sequence[Path],
+    folder: Path,
+) -> None:
+    """README.md: how to load this bundle on the device, with code."""
+    footprint = report["footprint"]
+    build, reason = container.minimum_runtime(source.decoder, source.tokenizer, bool(adapters))
+    settings = sampling(source)
+    fields = {
+        "name": source.name,
+        "target": target.title,
+        "model": model.name,
+        "size": format_size(footprint["model_bytes"]),
+        "minimum_build": build,
+        "minimum_reason": reason,
+        "runtime": report["runtime"],
+        "memory": format_size(footprint["memory_bytes"]),
+        "mapped": format_size(footprint["memory"]["mapped"]),
+        "context": str(footprint["context_length"]),
+        "sampling": ", ".join(f"{key} {value}" for key, value in settings.items()) or "none",
+        "stops": ", ".join(repr(stop) for stop in stops(source)),
+    }
+    names = [path.relative_to(folder).as_posix() for path in adapters]
+    (folder / "README.md").write_text(container.readme(fields, names), encoding="utf-8")
+
+
+def stops(source: Source) -> list[str]:
+    """The texts of the tokens that end an answer."""
+    tokenizer = source.tokenizer
+    return [tokenizer.library.id_to_token(token) for token in tokenizer.eos_ids]

@@ -26,7 +26,7 @@ MANIFEST = "manifest.json"
 # What is measured of this machine: not in the manifest, so that two exports are the same bytes.
 UNLISTED = frozenset({"report/measurements.json", "report/report.html"})
 _MANIFEST_LIMIT = 16 << 20  # bytes; a larger one is not ours
-_BLOCK = 1 << 20
+_WORK = ".work-"
 
 
 # ---- the manifest ----
@@ -189,6 +189,31 @@ def building(destination: Path) -> Iterator[Path]:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
+@contextmanager
+def work_folder(output: Path) -> Iterator[Path]:
+    """Room on the disk of `output` for what lies between two stages; gone at the end.
+
+    What a killed run left behind is removed first: its lock went with its process.
+
+    Raises:
+        EnvironmentFailed: disk full, read-only, out of reach.
+    """
+    output = output.absolute()
+    work = output / f"{_WORK}{os.getpid()}"
+    with _explained(work):
+        output.mkdir(parents=True, exist_ok=True)
+        for stale in output.glob(f"{_WORK}*"):
+            with _open_lock(stale / "lock") as lock:
+                if lock is not None:
+                    shutil.rmtree(stale, ignore_errors=True)
+        work.mkdir()
+        try:
+            with _open_lock(work / "lock"):
+                yield work
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+
+
 def recover(destination: Path) -> None:
     """Put the old bundle back if a kill fell between the two renames of `_exchange`'s fallback.
 
@@ -297,17 +322,27 @@ def _locked(destination: Path) -> Iterator[None]:
     The file stays: removing it would let two processes lock two files of one name.
     """
     path = destination.with_name(f".{destination.name}.lock")
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+    with _open_lock(path) as lock:
+        if lock is None:
             raise UsageError(
                 f"{destination} is being written by another export",
                 f"it holds the lock {path.name}",
                 "wait for it, or give another --output",
-            ) from error
+            )
         yield
+
+
+@contextmanager
+def _open_lock(path: Path) -> Iterator[int | None]:
+    """A locked descriptor, or None while another process holds it."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        locked = True
+    except BlockingIOError:
+        locked = False
+    try:
+        yield descriptor if locked else None
     finally:
         os.close(descriptor)
 

@@ -398,8 +398,9 @@ def _download(name: str, revision: str | None, offline: bool) -> Path:
             "check the name and --revision; for a gated model, log in with `hf auth login`",
         ) from error
     except (HTTPError, OSError) as error:
+        place = "in the local cache" if offline else "to be had from the hub"
         raise EnvironmentFailed(
-            f"{name} is no folder here, and not {'cached' if offline else 'to be had from the hub'}",
+            f"{name} is no folder here and not {place}",
             "--offline never reaches out" if offline else str(error).strip().partition("\n")[0],
             "run once without --offline" if offline else "check the network and the free disk",
         ) from error

@@ -172,19 +172,20 @@ def export(
     slimport export ./model --adapter support=./lora --target android -o dist
     slimport export ./model --method rtn --target galaxy-s24 --dry-run
     """
-    from . import pipeline, views
+    from . import forecast, pipeline, views
 
     recipe = _recipe(**flags, targets=target)
     if dry_run:
-        forecast = pipeline.forecast(recipe, offline=offline, pre=pre)
-        _print_json(forecast.to_json()) if as_json else views.forecast(forecast)
+        predicted = forecast.forecast(recipe, offline=offline, pre=pre)
+        _print_json(predicted.to_json()) if as_json else views.forecast(predicted)
         return
     with console.progress(quiet) as progress:
         bundles = pipeline.export(
             recipe, offline=offline, pre=pre, validate=not no_validate, progress=progress
         )
     if as_json:
-        _print_json({"schema": "slimport.export/1", "bundles": [b.to_json() for b in bundles]})
+        shown = [{"path": str(folder), **pipeline.report_of(folder)} for folder in bundles]
+        _print_json({"schema": "slimport.export/1", "bundles": shown})
     else:
         for bundle in bundles:
             views.bundle(bundle)
@@ -219,9 +220,9 @@ def inspect(offline: bool, as_json: bool, quiet: bool, debug: bool, **flags: Any
 
     MODEL may also be a bundle or a .gguf file.
     """
-    from . import pipeline, views
+    from . import inspection, views
 
-    found = pipeline.inspect(_recipe(**flags), offline=offline)
+    found = inspection.inspect(_recipe(**flags), offline=offline)
     _print_json(found) if as_json else views.inspection(found)
 
 
@@ -292,9 +293,9 @@ def targets(as_json: bool, quiet: bool, debug: bool) -> None:
 @output_options
 def doctor(as_json: bool, quiet: bool, debug: bool) -> int:
     """Say what is installed, which containers work, and the command that cures the rest."""
-    from . import pipeline, views
+    from . import inspection, views
 
-    checks = pipeline.doctor()
+    checks = inspection.doctor()
     rows = [row.to_json() for row in checks]
     if as_json:
         _print_json({"schema": "slimport.doctor/1", "checks": rows})

@@ -125,7 +125,7 @@ def logits(tokens: Tensor, source: Weights, config: DecoderConfig) -> Tensor:
 
 
 def _read(source: Weights, name: str) -> Tensor:
-    return torch.from_numpy(np.require(source.rows(name), np.float32, "CW"))
+    return torch.from_numpy(np.require(source.rows(name), np.float32, ["C", "W"]))
 
 
 def _attention(

@@ -48,7 +48,7 @@ def _model(recipe: Recipe, offline: bool) -> dict[str, Any]:
         "kind": "model",
         "name": source.name,
         "decoder": asdict(decoder) | {"family": decoder.family.model_type},
-        "parameters": parameters(plan),
+        "parameters": plan.parameters,
         "tokenizer": {
             "kind": tokenizer.kind,
             "pre": tokenizer.pre,
@@ -69,17 +69,6 @@ def _model(recipe: Recipe, offline: bool) -> dict[str, Any]:
         ],
         "plan": plan.to_json() | {"summary": grid_summary(plan)},
     }
-
-
-def parameters(plan: Plan) -> int:
-    """Weights of the decoder; a tied table counts once."""
-    total = 0
-    for choice in plan.choices:
-        count = 1
-        for side in choice.weight.shape:
-            count *= side
-        total += count
-    return total
 
 
 def grid_summary(plan: Plan) -> list[dict[str, Any]]:

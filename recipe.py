@@ -68,10 +68,15 @@ class Texts:
 
 @dataclass(frozen=True, slots=True)
 class Validate:
-    """How much text the artifact is judged on: windows, and tokens in each."""
+    """How much text the artifact is judged on: windows, and tokens in each.
+
+    Attributes:
+        prompts: what a user would ask; each is answered greedily by reference and artifact.
+    """
 
     windows: int = 64
     window_length: int = 512
+    prompts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -289,7 +294,7 @@ _SECTIONS: dict[str, tuple[type[Quantize | Texts | Validate], dict[str, Reader]]
         },
     ),
     "texts": (Texts, {"calibration": _existing, "eval": _existing, "eval_ood": _existing}),
-    "validate": (Validate, {"windows": whole, "window_length": whole}),
+    "validate": (Validate, {"windows": whole, "window_length": whole, "prompts": names}),
 }
 _TABLES = (_adapters, _texts_by_name, _budgets)  # what an environment variable cannot say
 
@@ -362,6 +367,7 @@ targets = ["android"]                 # `slimport targets` lists them; or the pa
 # [validate]
 # windows = 64
 # window_length = 512                 # tokens in each
+# prompts = ["Tell me a story."]      # answered by reference and artifact, for the report
 
 # [budgets]                           # in place of the target's
 # download_bytes = "200 MB"

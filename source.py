@@ -8,7 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from .adapters.lora import Adapter, read_adapter
+from .adapters.adapter import Adapter
+from .adapters.lora import read_adapter
 from .adapters.merge import Merged, merged_config
 from .architectures import DecoderConfig, check_weights, decoder_config
 from .checkpoint import Checkpoint, Weights

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from .quantize.calibration import Windows, read_text, token_windows, windows_of
+from .quantize.windows import Windows, read_text, token_windows, windows_of
 from .quantize.plan import Plan
 from .recipe import Recipe
 from .source import Source

@@ -171,8 +171,7 @@ class Tokenizer:
         Raises:
             BadInput: an id beyond `vocab_size`.
         """
-        size = self.library.get_vocab_size() if vocab_size is None else vocab_size
-        return read_pieces(self.spec, self.scheme, size)
+        return read_pieces(self.spec, self.scheme, vocab_size)
 
     def merges(self) -> list[str]:
         """`left right` in the order of merging."""
@@ -211,10 +210,11 @@ class _Ids:
             raise _contradiction(f"{token} {text!r} is not in tokenizer.json")
         return index
 
-    def _checked(self, key: str, index: object) -> int:
-        if type(index) is not int or self.library.id_to_token(index) is None:
+    def _checked(self, key: str, index: Any) -> int:
+        known = type(index) is int and 0 <= index < 2**31
+        if not known or self.library.id_to_token(index) is None:
             raise _contradiction(f"{key} = {index!r} is no id of tokenizer.json")
-        return index
+        return int(index)
 
 
 def _load(path: Path) -> Any:
@@ -269,10 +269,10 @@ def _chat_template(folder: Path, settings: Mapping[str, Any]) -> str | None:
         return path.read_text(encoding="utf-8")
     template = settings.get("chat_template")
     if isinstance(template, list):
-        named = {entry.get("name"): entry.get("template") for entry in template}
-        template = named.get("default")
+        named = [t for t in template if isinstance(t, dict) and t.get("name") == "default"]
+        template = named[0].get("template") if named else None
     if template is not None and not isinstance(template, str):
-        raise _contradiction("chat_template is neither a text nor a list of named texts")
+        raise _contradiction(f"chat_template is {template!r}, neither a text nor a list of texts")
     return template
 
 

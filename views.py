@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .console import table
+from .pipeline import report_of
 from .settings import format_size
 
 if TYPE_CHECKING:
@@ -25,9 +26,7 @@ def bundle(folder: Path) -> None:
     if not manifest["validated"]:
         print("Not validated (--no-validate): `slimport check` will refuse it.")
         return
-    found = json.loads((folder / "report/report.json").read_text(encoding="utf-8"))
-    measured = json.loads((folder / "report/measurements.json").read_text(encoding="utf-8"))
-    report({**found, **measured})
+    report(report_of(folder))
     print(f"Report: {folder / 'report/report.html'}")
 
 
@@ -46,11 +45,14 @@ def report(found: Mapping[str, Any]) -> None:
             *([f"memory, {name.replace('_', ' ')}", format_size(memory[name])] for name in memory),
         ],
     )
-    if speed := found.get("speed"):
+    if speed := found["measurements"]["speed"]:
         columns = ["on this machine: prompt", "TTFT", "prompt tokens/s", "generated tokens/s"]
         table("", columns, [_speed(row) for row in speed])
     budgets(found["budgets"])
-    print(found["executed"])
+    for words in found["executed"]:
+        print(f"Executed: {words}")
+    for words in found["not_executed"]:
+        print(f"Not executed: {words}")
 
 
 def _accuracy(found: Mapping[str, Any]) -> list[list[str]]:

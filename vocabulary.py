@@ -96,7 +96,9 @@ def read_scheme(spec: Mapping[str, Any], pre: str | None = None) -> Scheme:
     return Scheme(kind, None, space_prefix=prepend in normalizers, nfc=False)
 
 
-def read_pieces(spec: Mapping[str, Any], scheme: Scheme, vocab_size: int) -> list[Piece]:
+def read_pieces(
+    spec: Mapping[str, Any], scheme: Scheme, vocab_size: int | None = None
+) -> list[Piece]:
     """Every token in the order of ids, filled up to `vocab_size` with unused `[PADi]`.
 
     Raises:
@@ -112,9 +114,11 @@ def read_pieces(spec: Mapping[str, Any], scheme: Scheme, vocab_size: int) -> lis
         kinds[token["content"]] = "control" if token["special"] else "user_defined"
     if scheme.kind != "bpe":
         kinds[model["unk_token"]] = "unknown"
-    if max(texts) >= vocab_size:
+    last = max(texts)
+    vocab_size = last + 1 if vocab_size is None else vocab_size
+    if last >= vocab_size:
         raise BadInput(
-            f"tokenizer.json has the id {max(texts)} ({texts[max(texts)]!r})",
+            f"tokenizer.json has the id {last} ({texts[last]!r})",
             f"the model's embedding has {vocab_size} rows",
             "give the tokenizer that the model was trained with",
         )

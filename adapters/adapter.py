@@ -113,10 +113,10 @@ class Adapter:
 
     @property
     def kind(self) -> str:
-        """Such as "rsLoRA rank 8" or "DoRA rank 4, 16 + 2 whole weights", for reports."""
+        """Such as "rsLoRA rank 8" or "DoRA rank 4, 16 + whole weights (2)", for reports."""
         kind = "DoRA" if self.dora else "rsLoRA" if self.config.get("use_rslora") else "LoRA"
         extras = {"whole weights": self.replaced, "tables with trained tokens": self.tokens}
-        more = [f" + {len(found)} {words}" for words, found in extras.items() if found]
+        more = [f" + {words} ({len(found)})" for words, found in extras.items() if found]
         return f"{kind} rank {', '.join(map(str, self.ranks))}" + "".join(more)
 
     @property

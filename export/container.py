@@ -78,3 +78,17 @@ class Container(Protocol):
 
     def write_adapter(self, adapter: Adapter, config: DecoderConfig, folder: Path) -> Path:
         """Write an adapter for the base of `config` as a file of its own, fsynced."""
+
+    def minimum_runtime(
+        self, config: DecoderConfig, tokenizer: Tokenizer, separate: bool
+    ) -> tuple[str, str]:
+        """The oldest release of the runtime that reads the files, and what it is needed for.
+
+        `separate`: whether adapters stay separate.
+        """
+
+    def readme(self, fields: Mapping[str, str], adapters: list[str]) -> str:
+        """The bundle's README.md: how to load it on the device, with code.
+
+        `fields` are those of assembly.write_readme; `adapters` are paths within the bundle.
+        """

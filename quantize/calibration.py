@@ -1,4 +1,4 @@
-"""Calibration: texts become token windows, windows become the Hessian of every Linear.
+"""Calibration: token windows become the Hessian of every Linear.
 
 Windows stream through decoder.py one layer at a time. What lies between two layers waits in an
 unnamed temporary file, so anonymous memory depends on one layer and not on windows or layers.
@@ -6,161 +6,23 @@ unnamed temporary file, so anonymous memory depends on one layer and not on wind
 
 from __future__ import annotations
 
-import hashlib
-import json
 import tempfile
-from collections.abc import Callable, Generator, Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Generator, Mapping
 from types import TracebackType
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from ..architectures import DecoderConfig, Kind, weights
 from ..checkpoint import Weights
-from ..decoder import SHARED_INPUTS, LayerWeights, decoder_layer, load_layer, rope_tables
-from ..errors import BadInput, EnvironmentFailed, UsageError
-from ..tokenizer import Tokenizer
+from ..decoder import SHARED_INPUTS, decoder_layer, load_layer, rope_tables
+from ..errors import EnvironmentFailed
 from .grid import Float32
-
-Int32 = npt.NDArray[np.int32]
-RenderChat = Callable[[list[dict[str, str]]], str | None]
+from .windows import Int32, Windows
 
 _TOKENS_AT_ONCE = 2048  # per forward pass: bounds what one layer computes in memory
 _ROWS_AT_ONCE = 8192  # of the embedding, read in one piece
-
-
-@dataclass(frozen=True, slots=True)
-class Windows:
-    """Token windows, each an independent context.
-
-    Attributes:
-        ids: int32 (windows, length).
-        digest: `sha256:...` over shape and ids.
-    """
-
-    ids: Int32
-    digest: str
-
-
-def read_text(path: Path, render: RenderChat | None = None) -> str:
-    """Read a calibration or evaluation text, UTF-8.
-
-    A file named `*.jsonl` has one JSON object per line, each a document (joined by blank lines):
-    `text`; or `messages` (a list of {role, content}); or `prompt` with `completion` or `chosen`
-    (strings are joined as they are, lists of messages are one chat); or `instruction` with
-    `output` and maybe `input`, a chat of two messages. Any other file is plain text.
-
-    Args:
-        render: writes a chat as the model reads it (Tokenizer.render_chat). Without it, or where
-            it returns None, the contents of the messages are joined by blank lines.
-
-    Raises:
-        UsageError: there is no such file.
-        BadInput: not UTF-8, or a line is malformed.
-    """
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except (FileNotFoundError, IsADirectoryError) as error:
-        raise UsageError(
-            f"no text file {path}", "the path does not exist or is a folder", "check the path"
-        ) from error
-    except UnicodeDecodeError as error:
-        raise BadInput(
-            f"{path} is not UTF-8",
-            f"byte {error.start} cannot be decoded",
-            "convert the file: iconv -t UTF-8",
-        ) from error
-    if path.suffix != ".jsonl":
-        return text
-    lines = enumerate(text.split("\n"), start=1)
-    return "\n\n".join(_document(path, n, line, render) for n, line in lines if line.strip())
-
-
-def _document(path: Path, number: int, line: str, render: RenderChat | None) -> str:
-    """The text of one line of JSONL."""
-    try:
-        fields = json.loads(line)
-        match fields:
-            case {"text": str(text)}:
-                return text
-            case {"messages": [_, *_] as messages}:
-                return _chat(messages, render)
-            case {"prompt": str(prompt), "completion": str(answer)}:
-                return prompt + answer
-            case {"prompt": str(prompt), "chosen": str(answer)}:
-                return prompt + answer
-            case {"prompt": [_, *_] as prompt, "completion": answer}:
-                return _chat(prompt + _answer(answer), render)
-            case {"prompt": [_, *_] as prompt, "chosen": answer}:
-                return _chat(prompt + _answer(answer), render)
-            case {"instruction": str(instruction), "output": str(answer)}:
-                asked = "\n".join(part for part in (instruction, fields.get("input")) if part)
-                return _chat([{"role": "user", "content": asked}, *_answer(answer)], render)
-        why = "it has none of: text; messages; prompt and completion or chosen; instruction and output"
-    except (ValueError, TypeError, KeyError) as error:
-        why = f"{type(error).__name__}: {error}"
-    raise BadInput(f"{path}, line {number} is malformed", why, "correct or remove the line")
-
-
-def _answer(answer: Any) -> list[dict[str, str]]:
-    return [{"role": "assistant", "content": answer}] if isinstance(answer, str) else list(answer)
-
-
-def _chat(messages: list[dict[str, str]], render: RenderChat | None) -> str:
-    contents = [message["content"] for message in messages]
-    rendered = render(messages) if render else None
-    return "\n\n".join(contents) if rendered is None else rendered
-
-
-def token_windows(
-    text: str, tokenizer: Tokenizer, length: int, count: int, *, vocab_size: int
-) -> Windows:
-    """Cut a text into at most `count` windows of `length` tokens, evenly spread, not overlapping.
-
-    Every window starts with BOS if the tokenizer adds one. Special tokens written in the text are
-    special ids. A text too short for `count` windows gives as many as it holds.
-
-    Raises:
-        BadInput: the text is too short for one window, or an id is outside the vocabulary.
-    """
-    ids = np.array(tokenizer.encode(text), np.int32)
-    start = [tokenizer.bos_id] if tokenizer.adds_bos else []
-    body = length - len(start)
-    if ids.size < body:
-        raise BadInput(
-            f"the text has {ids.size} tokens",
-            f"one window of {length} tokens needs {body} of them",
-            "give a longer text, or ask for shorter windows",
-        )
-    _check_ids(ids, tokenizer, vocab_size)
-    count = min(count, ids.size // body)
-    begins = np.linspace(0, ids.size - body, count).astype(np.int64)
-    bodies = ids[begins[:, None] + np.arange(body)]
-    starts = np.broadcast_to(np.array(start, np.int32), (count, len(start)))
-    return windows_of(np.hstack((starts, bodies)))
-
-
-def windows_of(ids: Int32) -> Windows:
-    """Windows from ids (windows, length)."""
-    ids = np.ascontiguousarray(ids, np.int32)
-    digest = hashlib.sha256(f"{ids.shape[0]} {ids.shape[1]}\n".encode())
-    digest.update(np.ascontiguousarray(ids, "<i4").data)
-    return Windows(ids, f"sha256:{digest.hexdigest()}")
-
-
-def _check_ids(ids: Int32, tokenizer: Tokenizer, vocab_size: int) -> None:
-    highest = int(ids.max())
-    if highest >= vocab_size:
-        raise BadInput(
-            f"token {highest} ({tokenizer.decode([highest])!r}) is outside the model's vocabulary",
-            f"the tokenizer gives ids up to {highest}, the embedding has {vocab_size} rows",
-            "use the tokenizer that the model was trained with",
-        )
 
 
 def layer_hessians(
@@ -180,7 +42,9 @@ def layer_hessians(
     with _Activations(windows, config) as activations:
         activations.embed(source, config)
         for index in range(config.layers):
-            quantized = yield index, _hessians(source, config, index, activations, cos, sin)
+            hessians = _hessians(source, config, index, activations, cos, sin)
+            quantized = yield index, hessians
+            hessians.clear()
             if index + 1 < config.layers:
                 replaced = {name: torch.from_numpy(array) for name, array in quantized.items()}
                 layer = load_layer(source, config, index, replaced)
@@ -200,7 +64,7 @@ def _hessians(
 ) -> dict[str, Float32]:
     """The Hessians of one full-precision layer over the activations before it."""
     layer = load_layer(source, config, index)
-    sums = {kind: _square(layer, kind) for kind in SHARED_INPUTS}
+    sums = {kind: torch.zeros(2 * layer[kind].weight.shape[1:]) for kind in SHARED_INPUTS}
 
     def add(kind: Kind, inputs: Tensor) -> None:
         flat = inputs.reshape(-1, inputs.shape[-1])
@@ -208,19 +72,15 @@ def _hessians(
 
     for batch in range(activations.batches):
         decoder_layer(activations.read(batch), layer, config, cos, sin, add)
-    for total in sums.values():
-        total /= activations.tokens
-    shared = {kind: sums[first].numpy() for first, kinds in SHARED_INPUTS.items() for kind in kinds}
+    shared: dict[Kind, Float32] = {}
+    for first, kinds in SHARED_INPUTS.items():
+        mean = sums[first].div_(activations.tokens).numpy()
+        shared |= dict.fromkeys(kinds, mean)
     return {
         weight.name: shared[weight.kind]
         for weight in weights(config)
         if weight.layer == index and weight.is_linear
     }
-
-
-def _square(layer: LayerWeights, kind: Kind) -> Tensor:
-    inputs = layer[kind].weight.shape[1]
-    return torch.zeros(inputs, inputs)
 
 
 class _Activations:
@@ -285,7 +145,7 @@ class _Activations:
         self._file.seek(4 * tokens * self._hidden_size)
 
 
-def _embedding_rows(source: Weights, config: DecoderConfig, ids: npt.NDArray[np.integer]) -> Float32:
+def _embedding_rows(source: Weights, config: DecoderConfig, ids: Int32) -> Float32:
     """Rows `ids` (ascending) of the embedding, float32 (ids, hidden_size)."""
     name = next(weight.name for weight in weights(config) if weight.kind is Kind.EMBEDDING)
     found = []

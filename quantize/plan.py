@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from math import prod
 from types import MappingProxyType
 from typing import Any
 
@@ -66,6 +67,11 @@ class Plan:
     def quantized(self) -> tuple[Choice, ...]:
         """The choices that have a grid."""
         return tuple(choice for choice in self.choices if choice.grid is not None)
+
+    @property
+    def parameters(self) -> int:
+        """Numbers in all weights; a tied table counts once."""
+        return sum(prod(choice.weight.shape) for choice in self.choices)
 
     def to_json(self) -> dict[str, Any]:
         """The preset, and grid (null: float), method and reason by weight name."""

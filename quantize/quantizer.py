@@ -15,7 +15,7 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -30,9 +30,7 @@ from .packing import UInt8, pack
 from .plan import FLOAT, Choice, Plan
 from .store import Origin, QuantizedCheckpoint, Record
 from .tensor import QuantizedTensor, start_digest
-
-if TYPE_CHECKING:
-    from .calibration import Windows
+from .windows import Windows
 
 Progress = Callable[[str, int, int], None]
 

@@ -127,6 +127,10 @@ def first_shard(folder: Path) -> Path:
     return min(folder.glob("*.safetensors"))
 
 
+def last_shard(folder: Path) -> Path:
+    return max(folder.glob("*.safetensors"))
+
+
 def rewrite_header(file: Path, edit: Callable[[dict[str, Any]], object]) -> None:
     content = file.read_bytes()
     length = int.from_bytes(content[:8], "little")
@@ -207,8 +211,8 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
         f"extra is in {INDEX} and not in",
     ),
     "shard has a tensor that the index does not": (
-        lambda f: rewrite_index(f, lambda m: m.pop("lm_head.weight")),
-        "is missing|lm_head.weight is in .* and not in",
+        lambda f: rewrite_index(f, lambda m: m.pop("model.norm.weight")),
+        "model.norm.weight is in .* and not in model.safetensors.index.json",
     ),
     "traversal": (lambda f: move_map(f, "../x.safetensors"), "names the file '../x.safe"),
     "absolute path": (lambda f: move_map(f, "/etc/x.safetensors"), "names the file '/etc/x"),
@@ -252,7 +256,7 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
         ),
         "needs 324 bytes",
     ),
-    "overlap": (lambda f: rewrite_header(first_shard(f), overlap), "overlaps another tensor"),
+    "overlap": (lambda f: rewrite_header(last_shard(f), overlap), "overlaps another tensor"),
     "gap": (lambda f: rewrite_header(first_shard(f), gap), "leaves a gap"),
     "integers": (
         lambda f: rewrite_header(

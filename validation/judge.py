@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..quantize.calibration import Windows
+from ..quantize.windows import Windows
 from ..tokenizer import Tokenizer
 from . import conformance, divergence
 from .conformance import Conformance

@@ -31,6 +31,7 @@ MEMORY = {
     "kv_cache": "KV cache",
     "compute": "compute buffers",
 }
+CONTAINERS = {"gguf": "GGUF", "onnx": "ONNX", "coreml": "Core ML", "executorch": "ExecuTorch"}
 
 
 def render(joined: Mapping[str, Any]) -> str:
@@ -47,8 +48,11 @@ def render(joined: Mapping[str, Any]) -> str:
         kinds=plots.KINDS,
         titles=TITLES,
         memory_parts=MEMORY,
+        container_name=CONTAINERS.get(joined["container"], joined["container"]),
         units={metric: UNITS[kind.unit] for metric, kind in METRICS.items()},
+        positions={row["name"]: index for index, row in enumerate(joined["layers"])},
         fill=fill,
+        words=words,
     )
 
 
@@ -63,22 +67,33 @@ def figure(joined: Mapping[str, Any], path: str, unit: str) -> Markup:
 
 
 def fill(budget: Mapping[str, Any]) -> float:
-    """How much of a budget is used, in percent of the bar; 0 where the value is not known."""
+    """How far a budget's bar is filled, in percent; 0 where the value is not known."""
     value, limit = budget["value"], budget["limit"]
     if value is None:
         return 0.0
-    if METRICS[budget["metric"]].at_least:
-        return round(100 * min(1.0, value), 2)
-    return round(100 * min(1.0, value / limit if limit else 1.0), 2)
+    whole = 1.0 if METRICS[budget["metric"]].at_least else limit
+    share = float(value / whole) if whole else 1.0
+    return round(100 * min(1.0, share), 2)
+
+
+def words(value: Any) -> str:
+    """An input of the manifest in one line: names and digests, without braces."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {words(part)}" for key, part in value.items())
+    if isinstance(value, list):
+        return "; ".join(map(words, value)) or "none"
+    return "none" if value is None else str(value)
 
 
 def number(value: float) -> str:
-    """Three significant digits: 0.0123, 1.05, 2.31e-5."""
-    return f"{value:.3g}".replace("e-0", "e-").replace("e+0", "e")
+    """Three significant digits: 0.0100, 12.4, 116, 1,234, 2.31e-5."""
+    if abs(value) >= 999.5:
+        return f"{value:,.0f}"
+    return f"{value:#.3g}".rstrip(".").replace("e-0", "e-")
 
 
 def seconds(value: float) -> str:
-    return f"{value * 1000:.3g} ms" if value < 1 else f"{value:.3g} s"
+    return f"{number(value * 1000)} ms" if value < 1 else f"{number(value)} s"
 
 
 FORMATS: dict[str, Callable[[Any], str]] = {
@@ -88,7 +103,7 @@ FORMATS: dict[str, Callable[[Any], str]] = {
     "ratio": lambda value: f"{value:.4f}",
     "bits": lambda value: f"{value:.2f}",
     "share": lambda value: f"{value:.2%}",
-    "rate": lambda value: f"{value:.4g}/s",
+    "rate": number,
     "seconds": seconds,
 }
 UNITS = {"bytes": "bytes", "nats": "number", "fraction": "share", "ratio": "ratio"}

@@ -23,8 +23,6 @@ KINDS = {
     "ffn_gate": "gate",
     "ffn_up": "up",
     "ffn_down": "down",
-    "token_embd": "embedding",
-    "output": "head",
 }
 
 
@@ -64,47 +62,38 @@ def ticks(low: float, high: float, about: int = 4) -> list[float]:
 
 
 def layer_errors(layers: Sequence[Mapping[str, Any]]) -> Markup:
-    """Relative RMSE of every quantized weight: one line per kind over the layers.
-
-    The embedding stands left of the first layer, the head right of the last.
-    """
+    """Relative RMSE of every quantized matrix inside a layer: one line per kind over the layers."""
     rows = [
-        (index, row) for index, row in enumerate(layers) if row.get("relative_rmse") is not None
+        (index, row)
+        for index, row in enumerate(layers)
+        if row["layer"] is not None and row["relative_rmse"] is not None
     ]
     if not rows:
         return Markup("")
-    count = 1 + max((row["layer"] for _, row in rows if row["layer"] is not None), default=0)
+    count = 1 + max(row["layer"] for _, row in rows)
     values = [row["relative_rmse"] for _, row in rows]
-    low = 0.0 if min(values) < max(values) / 2 else min(values)
-    marks = ticks(low, max(values))
-    x, y = across(-1.5, count + 0.5), upward(marks[0], marks[-1])
-    parts = [_y_axis(marks, y, lambda value: f"{value:.3g}".replace("e-0", "e-"))]
+    marks = ticks(0 if min(values) < max(values) / 2 else min(values), max(values))
+    x, y = across(-0.5, count - 0.5), upward(marks[0], marks[-1])
+    digits = max(0, 1 - math.floor(math.log10(marks[1] - marks[0])))
+    parts = [_y_axis(marks, y, lambda value: f"{value:.{digits}f}")]
     parts += [_x_tick(x(layer), str(layer)) for layer in range(0, count, 1 + (count - 1) // 9)]
     parts.append(_x_title("layer"))
     for kind in KINDS:
-        points = [
-            (x(_slot(row, count)), y(row["relative_rmse"]), index, row)
-            for index, row in rows
-            if row["kind"] == kind
-        ]
-        parts.append(_line([(px, py) for px, py, _, _ in points], kind))
-        for px, py, index, row in points:
+        of_kind = [(index, row) for index, row in rows if row["kind"] == kind]
+        points = [(x(row["layer"]), y(row["relative_rmse"])) for _, row in of_kind]
+        parts.append(_line(points, kind))
+        for (index, row), (px, py) in zip(of_kind, points, strict=True):
             words = f"{row['name']}: {row['relative_rmse']:.4g} ({row['grid']}, {row['method']})"
             path = f"layers.{index}.relative_rmse"
             parts.append(_dot(px, py, kind, path, row["relative_rmse"], words))
-    worst = max(rows, key=lambda pair: pair[1]["relative_rmse"])[1]
+    worst = max((row for _, row in rows), key=lambda row: float(row["relative_rmse"]))
     label = f"Relative RMSE by layer and kind. Largest: {worst['name']}"
     return _svg(parts, f"{label}, {worst['relative_rmse']:.3g}")
 
 
-def _slot(row: Mapping[str, Any], count: int) -> int:
-    if row["layer"] is not None:
-        return int(row["layer"])
-    return -1 if row["kind"] == "token_embd" else count
-
-
 def divergence(accuracy: Mapping[str, Any]) -> Markup:
     """Share of tokens by KL divergence on a logarithmic axis, one outline per text."""
+    means = {name: table["kl_mean"] for name, table in accuracy.items()}
     tables = {name: table["histogram"] for name, table in accuracy.items() if "histogram" in table}
     filled = [
         index for table in tables.values() for index, tokens in enumerate(table["counts"]) if tokens
@@ -117,7 +106,7 @@ def divergence(accuracy: Mapping[str, Any]) -> Markup:
         name: [tokens / sum(table["counts"]) for tokens in table["counts"]]
         for name, table in tables.items()
     }
-    marks = ticks(0, max(max(values) for values in shares.values()))
+    marks = ticks(0, 1.3 * max(max(values) for values in shares.values()))  # room for labels
     x, y = across(edges[first], edges[last]), upward(0, marks[-1])
     parts = [_y_axis(marks, y, lambda value: f"{value:.0%}")]
     decades = range(math.ceil(edges[first] - 1e-9), math.floor(edges[last] + 1e-9) + 1)
@@ -126,13 +115,11 @@ def divergence(accuracy: Mapping[str, Any]) -> Markup:
     for name, values in shares.items():
         bins = range(first, last)
         parts.append(_steps([(x(edges[i]), x(edges[i + 1]), y(values[i])) for i in bins], name))
-    for row, (name, table) in enumerate(accuracy.items()):
-        at = x(min(max(math.log10(max(table["kl_mean"], 1e-12)), edges[first]), edges[last]))
-        parts.append(_marker(at, row, name, table["kl_mean"]))
-    means = ", ".join(
-        f"{name.replace('_', ' ')} mean {table['kl_mean']:.3g}" for name, table in accuracy.items()
-    )
-    return _svg(parts, f"Distribution of the KL divergence over tokens: {means} nats")
+    for row, (name, mean) in enumerate(sorted(means.items(), key=lambda item: item[1])):
+        at = x(min(max(math.log10(max(mean, 1e-12)), edges[first]), edges[last]))
+        parts.append(_marker(at, row == 0, name, mean))
+    words = ", ".join(f"{name.replace('_', ' ')} mean {mean:.3g}" for name, mean in means.items())
+    return _svg(parts, f"Distribution of the KL divergence over tokens: {words} nats")
 
 
 def latency(speed: Sequence[Mapping[str, Any]]) -> Markup:
@@ -203,13 +190,12 @@ def _dot(x: float, y: float, name: str, path: str, value: float, title: str) -> 
     )
 
 
-def _marker(x: float, row: int, name: str, value: float) -> str:
-    """A dashed line at a mean, its label on the side where there is room."""
-    top = TOP + 12 + 16 * row
-    side, shift = ("end", -6) if x > (WIDTH + LEFT) / 2 else ("start", 6)
+def _marker(x: float, left: bool, name: str, value: float) -> str:
+    """A dashed line at a mean, its label to the left or to the right."""
+    side, shift = ("end", -6) if left else ("start", 6)
     return (
         f'<path class="mean c-{name}" d="M{x} {TOP}V{HEIGHT - BOTTOM}"/>'
-        f'<text class="note c-{name}" x="{x + shift}" y="{top}" text-anchor="{side}"'
+        f'<text class="note c-{name}" x="{x + shift}" y="{TOP + 12}" text-anchor="{side}"'
         f' data-path="accuracy.{name}.kl_mean" data-value="{json.dumps(value)}">'
         f"mean {value:.3g}</text>"
     )

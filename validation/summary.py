@@ -1,10 +1,10 @@
-"""The short forms of a report: the list of its checks, Markdown for a pull request, JUnit for CI."""
+"""The short forms of a report: the list of its checks, Markdown for people, JUnit for CI."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
-from xml.etree import ElementTree
+from xml.etree import ElementTree as ET
 
 from ..settings import format_size
 
@@ -31,7 +31,8 @@ def checks(report: Mapping[str, Any]) -> list[Check]:
         words = f"{tokenizer['checked']} texts compared with the source tokenizer"
         found.append(("tokenizer conforms", tokenizer["conforms"], words))
     found += [(f"budget {one['metric']}", one["ok"], one["message"]) for one in report["budgets"]]
-    return found
+    refused = [one["message"] for one in report["findings"] if one["level"] == "refused"]
+    return found + [("platform accepts it", False, words) for words in refused]
 
 
 def markdown(report: Mapping[str, Any]) -> str:
@@ -86,7 +87,7 @@ def junit(report: Mapping[str, Any]) -> str:
     """JUnit XML with one testcase per check; no times, so that two exports are the same bytes."""
     found = checks(report)
     failures = sum(not ok for _, ok, _ in found)
-    suite = ElementTree.Element(
+    suite = ET.Element(
         "testsuite",
         name=f"slimport {report['target']}",
         tests=str(len(found)),
@@ -95,10 +96,11 @@ def junit(report: Mapping[str, Any]) -> str:
         skipped="0",
     )
     for name, ok, words in found:
-        case = ElementTree.SubElement(suite, "testcase", classname=suite.attrib["name"], name=name)
+        case = ET.SubElement(suite, "testcase", classname=suite.attrib["name"], name=name)
         if not ok:
-            ElementTree.SubElement(case, "failure", message=words)
-    suites = ElementTree.Element("testsuites")
+            ET.SubElement(case, "failure", message=words)
+    suites = ET.Element("testsuites")
     suites.append(suite)
-    ElementTree.indent(suites)
-    return ElementTree.tostring(suites, encoding="utf-8", xml_declaration=True).decode() + "\n"
+    ET.indent(suites)
+    text: bytes = ET.tostring(suites, encoding="utf-8", xml_declaration=True)
+    return text.decode() + "\n"

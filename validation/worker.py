@@ -70,6 +70,8 @@ def _converse(
         process.stdin.write(request)
         process.stdin.flush()
     except BrokenPipeError:
+        with suppress(BrokenPipeError):
+            process.stdin.close()
         return None
     for line in process.stdout:
         message: dict[str, Any] = json.loads(line)

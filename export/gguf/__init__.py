@@ -17,6 +17,7 @@ from ...tokenizer import Tokenizer
 from ..container import ReadBack
 from . import compare, layout, reader
 from .adapter import predict_adapter, refuse_adapter, write_adapter
+from .device import minimum_runtime, readme
 from .metadata import model_metadata, rope_factors
 from .packing import float_bytes, packed_rows, row_order
 from .vocabulary import vocabulary_metadata
@@ -25,9 +26,11 @@ from .writer import TensorInfo, Value, file_bytes, write_file
 __all__ = [
     "NAME",
     "check",
+    "minimum_runtime",
     "predict",
     "predict_adapter",
     "read_back",
+    "readme",
     "refuse",
     "refuse_adapter",
     "write",
@@ -46,8 +49,7 @@ def refuse(config: DecoderConfig, plan: Plan, tokenizer: Tokenizer) -> None:
 
 def predict(config: DecoderConfig, plan: Plan, tokenizer: Tokenizer, name: str) -> dict[str, int]:
     """{file name: bytes}, to the byte; `name` is the model's."""
-    infos = layout.tensor_infos(config, plan)
-    return {FILE: file_bytes(_metadata(config, plan, tokenizer, name), infos)}
+    return {FILE: file_bytes(*_header(config, plan, tokenizer, name))}
 
 
 def write(model: QuantizedCheckpoint, tokenizer: Tokenizer, folder: Path) -> list[Path]:
@@ -56,9 +58,7 @@ def write(model: QuantizedCheckpoint, tokenizer: Tokenizer, folder: Path) -> lis
     Raises:
         Unsupported: as `refuse`, or a float weight beyond float16.
     """
-    config, plan = model.decoder, model.plan
-    infos = layout.tensor_infos(config, plan)
-    metadata = _metadata(config, plan, tokenizer, model.name)
+    metadata, infos = _header(model.decoder, model.plan, tokenizer, model.name)
     write_file(folder / FILE, metadata, infos, _data(model, infos))
     return [folder / FILE]
 
@@ -75,12 +75,12 @@ def check(model: QuantizedCheckpoint, folder: Path) -> ReadBack:
     return compare.check(model, folder / FILE)
 
 
-def _metadata(
+def _header(
     config: DecoderConfig, plan: Plan, tokenizer: Tokenizer, name: str
-) -> dict[str, Value]:
+) -> tuple[dict[str, Value], list[TensorInfo]]:
     infos = layout.tensor_infos(config, plan)
     vocabulary = vocabulary_metadata(tokenizer, config.vocab_size)
-    return model_metadata(config, name, infos) | vocabulary
+    return model_metadata(config, name, infos) | vocabulary, infos
 
 
 def _data(

@@ -135,7 +135,7 @@ def unpack(
         )
     rows = source_rows(weight, config)
     if grid is None:
-        values = stored.rows.view("<f4" if stored.type is Type.F32 else "<f2").astype(np.float32)
+        values = stored.rows.view("<f4" if stored.type == Type.F32 else "<f2").astype(np.float32)
         restored = np.empty_like(values.reshape(stored.shape))
         restored[rows] = values.reshape(stored.shape)
         return restored
@@ -152,7 +152,7 @@ def unpack_rows(
     """
     codes = np.empty(stored.shape, np.int8)
     scale = np.empty((stored.shape[0], stored.shape[1] // 32), np.float32)
-    (_unpack_nibbles if stored.type is Type.Q4_0 else _unpack_bytes)(stored.rows, source, codes)
+    (_unpack_nibbles if stored.type == Type.Q4_0 else _unpack_bytes)(stored.rows, source, codes)
     scale[source] = _scales(stored)
     return QuantizedTensor(grid, codes, scale if grid.group else _collapse(path, stored, scale))
 
@@ -193,10 +193,11 @@ def _collapse(path: Path, stored: Stored, scale: Float32) -> Float32:
 def _unpack_nibbles(rows: UInt8, source: npt.NDArray[np.int64], codes: Int8) -> None:
     for row in range(rows.shape[0]):
         for block in range(codes.shape[1] // 32):
-            for j in range(32):
-                byte = rows[row, block * 18 + 2 + j % 16]
-                nibble = byte >> 4 if j >= 16 else byte & 0x0F
-                codes[source[row], block * 32 + j] = np.int8(nibble) - 8
+            packed = rows[row, block * 18 + 2 : block * 18 + 18]
+            unpacked = codes[source[row], block * 32 : block * 32 + 32]
+            for j in range(16):
+                unpacked[j] = np.int8(packed[j] & 0x0F) - 8
+                unpacked[j + 16] = np.int8(packed[j] >> 4) - 8
 
 
 @compiled

@@ -8,6 +8,7 @@ which chooses the same codes without inverting H (Chee et al. 2023, arXiv:2307.1
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -58,13 +59,15 @@ def _factor(hessian: Float32, order: Indices) -> Tensor:
     """Unit lower triangular L of the damped Hessian = L D L^T, in `order`."""
     ordered = torch.from_numpy(hessian[np.ix_(order, order)])
     mean = ordered.diagonal().mean()
+    upper: Tensor
     added = 0.0
     for damping in _DAMPINGS:
         ordered.diagonal().add_(mean * (damping - added))
         added = damping
         upper, failed = torch.linalg.cholesky_ex(ordered, upper=True)
         if not failed:
-            return upper.div_(upper.diagonal()[:, None].clone()).mT
+            upper /= upper.diagonal()[:, None].clone()
+            return upper.mT
     raise _unusable(f"it is not positive definite with {added:.0%} of its mean diagonal added")
 
 
@@ -78,38 +81,48 @@ def _feedback(weight: Float32, scale: Float32, grid: Grid, order: Indices, facto
     groups = order // grid.group if grid.group else np.zeros_like(order)
     codes = np.empty(weight.shape, np.int8)
     errors = torch.empty(weight.shape)
-    threads = torch.get_num_threads()
-    parts = [slice(i, None, threads) for i in range(threads)]
-    with ThreadPoolExecutor(threads) as pool:
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         for stop in range(order.size, 0, -_BLOCK):
             block = slice(max(0, stop - _BLOCK), stop)
             target = torch.from_numpy(weight[:, block].copy())
             target.addmm_(errors[:, stop:], factor[stop:, block])
-            within = factor[block, block].contiguous().numpy()
-            rows = (weight[:, block], target.numpy(), codes[:, block], errors[:, block].numpy(), scale)
-
-            def choose(part: slice) -> None:
-                split = (array[part] for array in rows)
-                _choose(*split, groups[block], within, np.float32(grid.low), np.float32(grid.high))
-
-            list(pool.map(choose, parts))
+            choose = partial(
+                _choose,
+                weight[:, block],
+                target.numpy(),
+                scale,
+                groups[block],
+                factor[block, block].contiguous().numpy(),
+                (np.float32(grid.low), np.float32(grid.high)),
+                codes[:, block],
+                errors[:, block].numpy(),
+            )
+            list(pool.map(choose, *_parts(len(weight))))
     return codes
+
+
+def _parts(rows: int) -> tuple[list[int], list[int]]:
+    """First rows and last rows + 1, one part for every thread."""
+    edges = np.linspace(0, rows, torch.get_num_threads() + 1).astype(int).tolist()
+    return edges[:-1], edges[1:]
 
 
 @compiled
 def _choose(
     weight: Float32,
     target: Float32,
-    codes: Int8,
-    errors: Float32,
     scale: Float32,
     groups: Indices,
     factor: Float32,
-    low: np.float32,
-    high: np.float32,
+    limits: tuple[np.float32, np.float32],
+    codes: Int8,
+    errors: Float32,
+    start: int,
+    stop: int,
 ) -> None:
-    """Codes and errors of one block of columns, last to first."""
-    for row in range(weight.shape[0]):
+    """Codes and errors of rows start .. stop - 1 in one block of columns, last column first."""
+    low, high = limits
+    for row in range(start, stop):
         for j in range(weight.shape[1] - 1, -1, -1):
             step = scale[row, groups[j]]
             code = np.rint(target[row, j] / step)

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM
+
 from slimport.adapters.lora import Adapter, read_adapter
 from slimport.adapters.merge import Merged, merged_config
 from slimport.architectures import decoder_config
 from slimport.checkpoint import Checkpoint
 from slimport.errors import BadInput, Unsupported, UsageError
-from transformers import AutoConfig, AutoModelForCausalLM
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # peft warns about tied tables, rightly
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import replace
+from itertools import compress
 from pathlib import Path
 
 from ...architectures import DecoderConfig
@@ -62,9 +63,8 @@ def weight_bytes(file: Path, isa: Collection[str]) -> tuple[int, int]:
         index for index, tensor in enumerate(tensors) if tensor.name == _TABLE or not copied[index]
     ]
     mapped = sum(tensor.rows.nbytes for tensor in tensors[min(in_place) : max(in_place) + 1])
-    return mapped, sum(
-        tensor.rows.nbytes for tensor, copy in zip(tensors, copied, strict=True) if copy
-    )
+    repacked = sum(tensor.rows.nbytes for tensor in compress(tensors, copied))
+    return mapped, repacked
 
 
 def _is_repacked(tensor: Stored, isa: Collection[str]) -> bool:

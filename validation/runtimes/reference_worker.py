@@ -158,7 +158,7 @@ def _eos_ids(folder: Path) -> list[int]:
     return []
 
 
-JOBS = {"logits": _logits, "generate": _generate, "sample": _sample}
+JOBS: dict[str, Any] = {"logits": _logits, "generate": _generate, "sample": _sample}
 
 if __name__ == "__main__":
     worker.serve(JOBS)

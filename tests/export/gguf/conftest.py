@@ -14,6 +14,7 @@ from safetensors.numpy import load_file
 from slimport.architectures import DecoderConfig, decoder_config
 from slimport.quantize.grid import Float32, Grid, round_scale
 from slimport.quantize.plan import Plan, make_plan
+from slimport.quantize.store import Record
 from slimport.quantize.tensor import QuantizedTensor
 
 
@@ -28,6 +29,18 @@ class Model:
 
     def load(self, name: str) -> QuantizedTensor | Float32:
         return self.tensors[name]
+
+    def rows(self, name: str) -> Float32:
+        tensor = self.tensors[name]
+        return tensor.dequantize() if isinstance(tensor, QuantizedTensor) else tensor
+
+    @property
+    def records(self) -> dict[str, Record]:
+        return {
+            name: Record(tensor.digest(name))
+            for name, tensor in self.tensors.items()
+            if isinstance(tensor, QuantizedTensor)
+        }
 
     @property
     def grids(self) -> dict[str, str]:

@@ -11,7 +11,7 @@ from slimport.errors import Unsupported
 from slimport.export.gguf import packing, reader
 from slimport.export.gguf.reader import Stored
 from slimport.export.gguf.writer import TensorInfo
-from slimport.quantize.ggml import dequantize_rows
+from slimport.quantize.ggml import Type, dequantize_rows
 from slimport.quantize.grid import GRIDS, SCALE_CEILING, SCALE_FLOOR, Grid, round_scale
 from slimport.quantize.tensor import QuantizedTensor
 
@@ -32,7 +32,7 @@ def tensors(draw: st.DrawFn) -> QuantizedTensor:
 
 
 def unpacked(packed: packing.UInt8, grid: Grid, shape: tuple[int, int]) -> QuantizedTensor:
-    stored = Stored("a", packing.TYPES[grid.name], shape, packed)
+    stored = Stored("a", Type(packing.TYPES[grid.name]), shape, packed)
     return reader.unpack_rows(Path("a.gguf"), stored, np.arange(shape[0]), grid)
 
 

@@ -50,7 +50,7 @@ def test_one_flipped_nibble_is_found(mask: int, written: tuple[Any, bytes], tmp_
     with pytest.raises(ValidationFailed) as failure:
         gguf.check(model, tmp_path)
     assert "model.layers.1.self_attn.k_proj.weight" in failure.value.what
-    assert f"the code at 8, {column} reads" in failure.value.why
+    assert f"codes [8, {column}] reads" in failure.value.why
     found = dict(gguf.read_back(tmp_path, model.decoder, model.grids))
     name = "model.layers.1.self_attn.k_proj.weight"
     tensor = found[name]

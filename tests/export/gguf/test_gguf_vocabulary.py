@@ -19,6 +19,8 @@ from slimport.quantize.plan import make_plan
 from slimport.tokenizer import Tokenizer
 from slimport.validation.runtimes import llamacpp
 
+SHARED = Path(__file__).parents[3] / "../shared/models"
+
 
 @pytest.fixture
 def tokenizer(tiny_llama: Path) -> Tokenizer:
@@ -65,29 +67,48 @@ def test_a_sentencepiece_tokenizer(make_model: Any) -> None:
 
 
 @pytest.mark.parametrize("style", ["gpt2", "llama3", "qwen2", "spm"])
-def test_llama_cpp_stops_where_the_model_does(
+def test_llama_cpp_reads_the_tokenizer_as_it_is(
     style: str, make_model: Any, in_memory: Any, tmp_path: Path
 ) -> None:
     folder = make_model("llama", tokenizer=style)
     tokenizer = Tokenizer.open(folder)
     (file,) = gguf.write(in_memory(folder), tokenizer, tmp_path)
     found = llamacpp.vocabulary(file)
+    assert found.size == 416
     assert found.eog == tuple(sorted(tokenizer.eos_ids))
     assert len(found.eog) == 2
     assert found.adds_bos == tokenizer.adds_bos
     assert found.chat_template == tokenizer.chat_template
+    texts = tokenizer.conformance_texts()
+    assert llamacpp.tokenize(file, texts) == [tokenizer.encode(text) for text in texts]
+
+
+@pytest.mark.parametrize("name", ["manpages-3.7M", "stories_char105", "stories260K"])
+def test_a_real_model_comes_back_with_its_tokenizer(
+    name: str, in_memory: Any, tmp_path: Path
+) -> None:
+    folder = SHARED / name
+    if not folder.exists():
+        pytest.skip("the shared models are not here")
+    model, tokenizer = in_memory(folder), Tokenizer.open(folder)
+    predicted = gguf.predict(model.decoder, model.plan, tokenizer, model.name)
+    (file,) = gguf.write(model, tokenizer, tmp_path)
+    assert predicted == {"model.gguf": file.stat().st_size}
+    assert set(gguf.check(model, tmp_path).digests) == set(model.grids)
+    texts = tokenizer.conformance_texts()
+    assert llamacpp.tokenize(file, texts) == [tokenizer.encode(text) for text in texts]
+    assert set(tokenizer.eos_ids) <= set(llamacpp.vocabulary(file).eog)
 
 
 def test_the_known_ends_are_those_of_llama_cpp(
     tiny_llama: Path, in_memory: Any, tmp_path: Path
 ) -> None:
     """Every text in ENDS stops llama.cpp without a key of its own."""
-    # Beside these llama.cpp takes <|end|> and </s> off its list, for gpt-oss and gemma 4.
-    odd = {"<|return|>", "<|call|>", "<|calls|>", "<|flush|>", "<|tool_response>", "<|im_end|>"}
-    usual, odd = sorted(ENDS - odd), sorted(odd - {"<|im_end|>"})
+    # Beside these, llama.cpp takes <|end|> and </s> off its list (for gpt-oss and gemma 4).
+    odd = {"<|return|>", "<|call|>", "<|calls|>", "<|flush|>", "<|tool_response>"}
     model = in_memory(tiny_llama)
-    for name, tokens in (("usual", usual), ("odd", odd)):
-        folder = with_tokens(tiny_llama, tmp_path / name, tokens)
+    for name, tokens in (("usual", ENDS - odd - {"<|im_end|>"}), ("odd", odd)):
+        folder = with_tokens(tiny_llama, tmp_path / name, sorted(tokens))
         tokenizer = replace(Tokenizer.open(folder), eos_ids=(1,))
         (file,) = gguf.write(model, tokenizer, folder)
         ids = set(range(400, 400 + len(tokens))) | {1, 4}  # <|eos|> by its key, <|im_end|>

@@ -1,0 +1,127 @@
+"""What an export would write and need, from shapes alone: `export --dry-run`."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from .architectures import Kind
+from .inspection import grid_summary
+from .pipeline import plan_jobs
+from .quantize.plan import Plan
+from .recipe import Recipe
+from .source import Source, open_source, plan_of
+
+# Measured on two cores of a server CPU; a forecast, and said to be one.
+_RTN_SECONDS = 4e-9  # per weight: search, packing, read-back, digests
+_GPTQ_SECONDS = 1.3e-10  # per weight and input column of its matrix
+_FORWARD_SECONDS = 1.5e-11  # per weight and token: one calibration pass is three of them
+_JUDGE_SECONDS = 2.5e-11  # per weight and token: oracle, codes and artifact
+_START_MEMORY = 350_000_000  # the libraries themselves
+_BLOCK_MEMORY = 100_000_000  # blocks of rows in flight
+
+
+@dataclass(frozen=True, slots=True)
+class JobForecast:
+    """One target: {file name: bytes}, to the byte."""
+
+    target: str
+    container: str
+    files: Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """Predictions in bytes and seconds; `files` are exact, the rest are estimates.
+
+    Attributes:
+        grids: weights and bytes by grid and method.
+        floats: {matrix that keeps float16: why}.
+        memory: peak anonymous memory of the export itself, without validation's child processes.
+        disk: all files at once, temporary ones included.
+        free_disk: of the output's file system.
+    """
+
+    model: str
+    grids: list[dict[str, Any]]
+    floats: Mapping[str, str]
+    jobs: list[JobForecast]
+    memory: int
+    disk: int
+    free_disk: int
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        return {"schema": "slimport.forecast/1", **asdict(self)}
+
+
+def forecast(recipe: Recipe, *, offline: bool = False, pre: str | None = None) -> Forecast:
+    """Predict an export; refuses what the export would refuse.
+
+    Raises:
+        SlimportError: as `pipeline.export` would before its work starts.
+    """
+    source = open_source(recipe, offline=offline, pre=pre)
+    plan = plan_of(recipe, source)
+    jobs = [
+        JobForecast(
+            job.target.name,
+            job.container.NAME,
+            job.container.predict(source.decoder, plan, source.tokenizer, source.name),
+        )
+        for job in plan_jobs(recipe, source, plan)
+    ]
+    model_bytes = sum(sum(job.files.values()) for job in jobs)
+    return Forecast(
+        model=source.name,
+        grids=grid_summary(plan),
+        floats={
+            choice.weight.name: choice.reason
+            for choice in plan.choices
+            if choice.weight.is_matrix and choice.grid is None
+        },
+        jobs=jobs,
+        memory=_memory(plan),
+        disk=model_bytes + max(sum(job.files.values()) for job in jobs) + _logits(recipe, source),
+        free_disk=_free(recipe.output),
+        seconds=_seconds(recipe, plan, source),
+    )
+
+
+def _memory(plan: Plan) -> int:
+    """Codes of the largest weight twice (solved and read back), or one layer of GPTQ."""
+    largest = max(prod(choice.weight.shape) for choice in plan.choices)
+    layer = [c for c in plan.choices if c.weight.layer == 0 and c.method == "gptq"]
+    weights = sum(4 * prod(choice.weight.shape) for choice in layer)
+    hessians = sum(
+        4 * choice.weight.shape[1] ** 2
+        for choice in layer
+        if choice.weight.kind in (Kind.Q, Kind.ATTENTION_OUTPUT, Kind.GATE, Kind.DOWN)
+    )
+    solving = max((8 * prod(c.weight.shape) + 8 * c.weight.shape[1] ** 2 for c in layer), default=0)
+    return _START_MEMORY + max(_BLOCK_MEMORY + 4 * largest, 2 * weights + hessians + solving)
+
+
+def _logits(recipe: Recipe, source: Source) -> int:
+    tokens = recipe.validate.windows * recipe.validate.window_length
+    return min(3 * 4 * tokens * source.decoder.vocab_size, 6_000_000_000)
+
+
+def _seconds(recipe: Recipe, plan: Plan, source: Source) -> float:
+    every = sum(prod(choice.weight.shape) for choice in plan.choices)
+    calibrated = [choice.weight.shape for choice in plan.choices if choice.method == "gptq"]
+    tokens = recipe.quantize.calibration_windows * recipe.quantize.calibration_length
+    judged = 2 * recipe.validate.windows * recipe.validate.window_length
+    gptq = sum(_GPTQ_SECONDS * prod(shape) * shape[1] for shape in calibrated)
+    forward = sum(3 * _FORWARD_SECONDS * prod(shape) * tokens for shape in calibrated)
+    return 10 + _RTN_SECONDS * every + gptq + forward + _JUDGE_SECONDS * every * judged
+
+
+def _free(folder: Path) -> int:
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free

@@ -1,0 +1,143 @@
+"""GPTQ against the textbook algorithm, and what it promises beyond it."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from slimport.errors import BadInput
+from slimport.quantize.grid import GRIDS, INT4_G32, INT8_G32, INT8_ROW, Float32, Grid, round_scale
+from slimport.quantize.methods import gptq, rtn
+from slimport.quantize.tensor import QuantizedTensor
+
+Float64 = npt.NDArray[np.float64]
+
+
+def problem(rows: int, columns: int, seed: int = 0, samples: int = 3000) -> tuple[Float32, Float32]:
+    """A random weight, and the Hessian of correlated inputs of very different strength."""
+    rng = np.random.default_rng(seed)
+    mixed = rng.normal(size=(samples, columns)) @ rng.normal(size=(columns, columns))
+    inputs = mixed * np.exp(rng.normal(size=columns))
+    weight = rng.normal(size=(rows, columns)) * 0.1
+    return weight.astype(np.float32), (inputs.T @ inputs / samples).astype(np.float32)
+
+
+def output_error(quantized: QuantizedTensor, weight: Float32, hessian: Float32) -> float:
+    difference = (quantized.dequantize() - weight).astype(np.float64)
+    return float(np.einsum("ij,jk,ik->", difference, hessian.astype(np.float64), difference))
+
+
+def textbook(weight: Float32, scale: Float32, grid: Grid, hessian: Float32) -> Float64:
+    """Algorithm 1 of arXiv:2210.17323 in float64, one column at a time, the largest first."""
+    order = np.argsort(hessian.diagonal(), kind="stable")[::-1]
+    ordered = hessian[np.ix_(order, order)].astype(np.float64)
+    ordered[np.diag_indices_from(ordered)] += 0.01 * ordered.diagonal().mean()
+    inverse = np.linalg.cholesky(np.linalg.inv(ordered)).T
+    left = weight[:, order].astype(np.float64)
+    codes = np.empty_like(left)
+    group = grid.group or weight.shape[1]
+    for column, source in enumerate(order):
+        step = scale[:, source // group]
+        codes[:, source] = np.clip(np.rint(left[:, column] / step), grid.low, grid.high)
+        error = (left[:, column] - codes[:, source] * step) / inverse[column, column]
+        left[:, column:] -= error[:, None] * inverse[column, column:]
+    return codes
+
+
+@pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS)
+def test_codes_are_those_of_the_textbook(grid: Grid) -> None:
+    weight, hessian = problem(48, 320)
+    quantized = gptq.solve(weight, grid, hessian)
+    expected = textbook(weight, quantized.scale, grid, hessian)
+    assert (quantized.codes == expected).mean() > 0.999
+
+
+@pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS)
+def test_outputs_change_less_than_with_rtn(grid: Grid) -> None:
+    weight, hessian = problem(48, 320)
+    error = output_error(gptq.solve(weight, grid, hessian), weight, hessian)
+    assert error < 0.5 * output_error(rtn.solve(weight, grid), weight, hessian)
+
+
+@pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS)
+def test_scales_are_kept_to_eight_bits_and_codes_to_the_grid(grid: Grid) -> None:
+    weight, hessian = problem(16, 96)
+    quantized = gptq.solve(weight * 3, grid, hessian)
+    np.testing.assert_array_equal(quantized.scale, round_scale(quantized.scale))
+    assert grid.low <= quantized.codes.min() and quantized.codes.max() <= grid.high
+    if not grid.signed_scale:
+        assert (quantized.scale > 0).all()
+
+
+def test_dead_columns_keep_their_rtn_codes() -> None:
+    weight, hessian = problem(16, 160)
+    dead = np.array([0, 31, 32, 100, 159])
+    hessian[dead] = hessian[:, dead] = 0
+    quantized = gptq.solve(weight, INT4_G32, hessian)
+    expected = rtn.encode(weight, quantized.scale, INT4_G32)
+    np.testing.assert_array_equal(quantized.codes[:, dead], expected[:, dead])
+    alive = np.setdiff1d(np.arange(160), dead)
+    assert (quantized.codes[:, alive] != expected[:, alive]).any()
+
+
+def test_inputs_never_seen_give_rtn() -> None:
+    weight, _ = problem(8, 64)
+    quantized = gptq.solve(weight, INT4_G32, np.zeros((64, 64), np.float32))
+    np.testing.assert_array_equal(quantized.codes, rtn.solve(weight, INT4_G32).codes)
+
+
+def test_independent_inputs_give_the_nearest_codes() -> None:
+    weight, _ = problem(8, 64)
+    quantized = gptq.solve(weight, INT8_G32, np.eye(64, dtype=np.float32))
+    np.testing.assert_array_equal(quantized.codes, rtn.encode(weight, quantized.scale, INT8_G32))
+
+
+def test_zero_rows_stay_zero() -> None:
+    weight, hessian = problem(8, 64)
+    weight[3] = 0
+    quantized = gptq.solve(weight, INT4_G32, hessian)
+    assert not quantized.codes[3].any() and (quantized.scale[3] == 1).all()
+
+
+def test_fewer_samples_than_columns() -> None:
+    weight, hessian = problem(16, 160, samples=40)
+    error = output_error(gptq.solve(weight, INT4_G32, hessian), weight, hessian)
+    assert error < 0.5 * output_error(rtn.solve(weight, INT4_G32), weight, hessian)
+
+
+def test_rows_are_independent() -> None:
+    weight, hessian = problem(45, 320)
+    whole = gptq.solve(weight, INT4_G32, hessian)
+    order = np.random.default_rng(1).permutation(45)
+    shuffled = gptq.solve(weight[order], INT4_G32, hessian)
+    np.testing.assert_array_equal(shuffled.codes, whole.codes[order])
+    np.testing.assert_array_equal(shuffled.scale, whole.scale[order])
+
+
+def test_same_bytes_twice() -> None:
+    weight, hessian = problem(33, 320)
+    first, second = (gptq.solve(weight, INT4_G32, hessian) for _ in range(2))
+    assert first.digest("w") == second.digest("w")
+
+
+def test_arguments_are_left_alone() -> None:
+    weight, hessian = problem(8, 64)
+    copies = weight.copy(), hessian.copy()
+    gptq.solve(weight, INT8_ROW, hessian)
+    np.testing.assert_array_equal(weight, copies[0])
+    np.testing.assert_array_equal(hessian, copies[1])
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (lambda hessian: hessian[:32, :32], "shape"),
+        (lambda hessian: hessian * np.float32("nan"), "not finite"),
+        (lambda hessian: np.where(np.eye(64) > 0, 1, 50).astype(np.float32), "positive definite"),
+    ],
+)
+def test_unusable_hessians_are_refused(change, why) -> None:  # type: ignore[no-untyped-def]
+    weight, hessian = problem(8, 64)
+    with pytest.raises(BadInput, match=why):
+        gptq.solve(weight, INT4_G32, change(hessian))

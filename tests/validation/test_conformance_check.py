@@ -1,0 +1,65 @@
+"""Differences between two tokenizers are found and named."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from slimport.errors import ValidationFailed
+from slimport.validation import conformance
+from slimport.validation.runtime import Vocabulary
+
+
+@dataclass
+class Fake:
+    """A source tokenizer and a runtime in one; `wrong` holds ids that the runtime gets wrong."""
+
+    eos_ids: tuple[int, ...] = (2, 7)
+    eog: tuple[int, ...] = (2, 7)
+    wrong: tuple[str, ...] = ()
+
+    def conformance_texts(self):
+        return ["hello", " hello", "a\x00b", ""]
+
+    def encode(self, text):
+        return [*text.encode()]
+
+    def tokenize(self, file, texts):
+        return [[0] if text in self.wrong else [*text.encode()] for text in texts]
+
+    def vocabulary(self, file):
+        return Vocabulary(256, self.eog, None, False, None)
+
+
+def check(fake):
+    return conformance.check(fake, Path("model.gguf"), fake)
+
+
+def test_equal_tokenizers_conform():
+    found = check(Fake())
+    assert found.conforms and found.checked == 4
+    assert found.to_json() == {"conforms": True, "checked": 4, "further_stops": []}
+
+
+def test_the_first_difference_is_named():
+    with pytest.raises(ValidationFailed, match=r"' hello' otherwise \(2 of 4") as caught:
+        check(Fake(wrong=("a\x00b", " hello")))
+    assert "[32, 104," in caught.value.why and "[0]" in caught.value.why
+
+
+def test_a_stop_that_the_runtime_misses_fails():
+    with pytest.raises(ValidationFailed, match="does not stop at token 7"):
+        check(Fake(eog=(2,)))
+
+
+def test_stops_that_the_runtime_adds_are_told():
+    found = check(Fake(eos_ids=(2,)))
+    assert found.conforms and found.further_stops == (7,)
+
+
+def test_compare_keeps_every_difference():
+    found = conformance.compare(["a", "b"], [[1], [2]], [[1], [3]], [], [])
+    assert not found.conforms
+    assert [(d.text, d.expected, d.got) for d in found.differences] == [("b", (2,), (3,))]
