@@ -90,9 +90,7 @@ def _recipe(model: str | None, config: str | None, **flags: Any) -> Recipe:
 def _pattern(words: str) -> tuple[str, str]:
     pattern, equals, grid = words.rpartition("=")
     if not (pattern and equals and grid):
-        raise UsageError(
-            f"--grid {words}", "it needs a pattern and a grid", "write PATTERN=GRID"
-        )
+        raise UsageError(f"--grid {words}", "it needs a pattern and a grid", "write PATTERN=GRID")
     return pattern, grid
 
 
@@ -148,6 +146,9 @@ def init(output: str, model: str | None, as_json: bool, quiet: bool, debug: bool
 @quantize_options
 @text_options
 @click.option("-o", "--output", type=click.Path(), help="Receives one bundle per target.")
+@click.option(
+    "--quantized", type=click.Path(), help="Start from this quantized checkpoint of MODEL."
+)
 @click.option("--pre", help="tokenizer.ggml.pre, where it cannot be derived.")
 @click.option("--no-validate", is_flag=True, help="Skip validation; the manifest says so.")
 @click.option("--dry-run", is_flag=True, help="Plan, sizes and refusals; writes nothing.")
@@ -157,6 +158,7 @@ def export(
     dry_run: bool,
     offline: bool,
     pre: str | None,
+    quantized: str | None,
     as_json: bool,
     quiet: bool,
     debug: bool,
@@ -181,7 +183,12 @@ def export(
         return
     with console.progress(quiet) as progress:
         bundles = pipeline.export(
-            recipe, offline=offline, pre=pre, validate=not no_validate, progress=progress
+            recipe,
+            offline=offline,
+            pre=pre,
+            quantized=Path(quantized) if quantized else None,
+            validate=not no_validate,
+            progress=progress,
         )
     if as_json:
         shown = [{"path": str(folder), **pipeline.report_of(folder)} for folder in bundles]
@@ -233,7 +240,7 @@ def inspect(offline: bool, as_json: bool, quiet: bool, debug: bool, **flags: Any
 @output_options
 def validate(
     bundle: str, offline: bool, as_json: bool, quiet: bool, debug: bool, **flags: Any
-) -> None:
+) -> int:
     """Judge BUNDLE again, against the full-precision MODEL and adapter that it was made from."""
     from . import pipeline, views
 
@@ -241,16 +248,18 @@ def validate(
     with console.progress(quiet) as progress:
         judged = pipeline.validate(Path(bundle), recipe, offline=offline, progress=progress)
     _print_json(judged) if as_json else views.report(judged)
+    return 0 if judged["passed"] else pipeline.failing_code(judged)
 
 
 @cli.command()
 @click.argument("bundle", type=click.Path())
+@click.option("--target", help="Budgets of this device profile, not those of the export.")
 @output_options
-def check(bundle: str, as_json: bool, quiet: bool, debug: bool) -> int:
+def check(bundle: str, target: str | None, as_json: bool, quiet: bool, debug: bool) -> int:
     """Compare what was measured of BUNDLE with its budgets; exit code 3 when one is broken."""
     from . import pipeline, views
 
-    budgets = pipeline.check(Path(bundle))
+    budgets = pipeline.check(Path(bundle), target)
     rows = [budget.to_json() for budget in budgets]
     if as_json:
         _print_json({"schema": "slimport.check/1", "budgets": rows})

@@ -1,4 +1,7 @@
-"""What a person sees: progress and errors on stderr, tables on stdout. rich is imported when used."""
+"""What a person sees: progress and errors on stderr, tables on stdout.
+
+rich is imported when it is used.
+"""
 
 from __future__ import annotations
 

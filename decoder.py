@@ -29,13 +29,15 @@ class Parameters(NamedTuple):
 LayerWeights = Mapping[Kind, Parameters]
 Capture = Callable[[Kind, Tensor], None]
 
-# Linears that read the same input; a capture is called once for each, with the first of them.
+# Linears that read the same input, under the first of them; and the norms that read the residual
+# stream to which the output of a Linear is added.
 SHARED_INPUTS = {
     Kind.Q: (Kind.Q, Kind.K, Kind.V),
     Kind.ATTENTION_OUTPUT: (Kind.ATTENTION_OUTPUT,),
     Kind.GATE: (Kind.GATE, Kind.UP),
     Kind.DOWN: (Kind.DOWN,),
 }
+RESIDUALS = {Kind.ATTENTION_OUTPUT: Kind.ATTENTION_NORM, Kind.DOWN: Kind.FFN_NORM}
 
 
 def load_layer(
@@ -93,11 +95,14 @@ def decoder_layer(
 
     Args:
         cos, sin: `rope_tables` of the window's positions.
-        capture: called with each key of SHARED_INPUTS and the input of those Linears.
+        capture: called with each key of SHARED_INPUTS and each value of RESIDUALS, and the input
+            that these weights read.
     """
     capture = capture or _ignore
+    capture(Kind.ATTENTION_NORM, hidden)
     normed = _rms_norm(hidden, layer[Kind.ATTENTION_NORM], config)
     hidden = hidden + _attention(normed, layer, config, cos, sin, capture)
+    capture(Kind.FFN_NORM, hidden)
     normed = _rms_norm(hidden, layer[Kind.FFN_NORM], config)
     return hidden + _feed_forward(normed, layer, capture)
 

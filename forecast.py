@@ -11,9 +11,9 @@ from typing import Any
 
 from .architectures import Kind
 from .inspection import grid_summary
-from .pipeline import plan_jobs
 from .quantize.plan import Plan
 from .recipe import Recipe
+from .shipment import plan_jobs
 from .source import Source, open_source, plan_of
 
 # Measured on two cores of a server CPU; a forecast, and said to be one.

@@ -91,7 +91,7 @@ def grid_summary(plan: Plan) -> list[dict[str, Any]]:
 def _gguf(path: Path) -> dict[str, Any]:
     file = reader.open_gguf(path)
     types = Counter(tensor.type.name for tensor in file.tensors.values())
-    scalars = {k: v for k, v in file.metadata.items() if not isinstance(v, list | tuple)}
+    scalars = {k: v for k, v in file.metadata.items() if isinstance(v, str | int | float)}
     return {
         "schema": "slimport.inspect/1",
         "kind": "gguf",

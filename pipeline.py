@@ -5,51 +5,35 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import assembly, bundle
+from . import bundle, shipment
 from .architectures import DecoderConfig, decoder_config
 from .checkpoint import read_json
-from .errors import BadInput, SlimportError, Unsupported, UsageError, ValidationFailed, worst
-from .export import gguf
+from .errors import BadInput, SlimportError, Unsupported, ValidationFailed, worst
 from .export.container import Container
 from .quantize import quantizer
-from .quantize.windows import Windows
 from .quantize.plan import Plan
 from .quantize.store import Origin, QuantizedCheckpoint
 from .quantize.tensor import QuantizedTensor, weights_digest
+from .quantize.windows import Windows
 from .recipe import Recipe
+from .shipment import CONTAINERS, RUNTIMES, Files, Job, plan_jobs
 from .source import Source, open_source, plan_of
-from .targets import limits
 from .targets.target import Limit, Target, load_target
-from .texts import Texts, oracle, read_texts
+from .texts import read_texts
 from .validation import budget, report
 from .validation.budget import Budget
-from .validation.footprint import footprint
-from .validation.judge import Case, Judgement, golden_json, judge
-from .validation.runtime import Memory, Runtime
-from .validation.runtimes import llamacpp
-from .validation.runtimes.reference import Oracle
+from .validation.judge import judge
 
 Progress = Callable[[str, int, int], None]
-CONTAINERS: Mapping[str, Container] = {gguf.NAME: gguf}
-RUNTIMES: Mapping[str, Runtime] = {gguf.NAME: llamacpp}
 
 
 def _silent(stage: str, done: int, total: int) -> None:
     pass
-
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """One target of an export: which container, and where the bundle will stand."""
-
-    target: Target
-    container: Container
-    destination: Path
 
 
 def export(
@@ -57,76 +41,64 @@ def export(
     *,
     offline: bool = False,
     pre: str | None = None,
+    quantized: Path | None = None,
     validate: bool = True,
     progress: Progress = _silent,
 ) -> list[Path]:
     """Quantize once, then pack, judge and write one bundle per target; returns their folders.
 
+    Args:
+        quantized: start from this quantized checkpoint of the recipe's model and adapters.
+
     Raises:
         SlimportError: of the worst target; bundles of the other targets are in place.
     """
     source = open_source(recipe, offline=offline, pre=pre)
-    plan = plan_of(recipe, source)
+    ready = None if quantized is None else _same_origin(source, quantized)
+    plan = ready.plan if ready else plan_of(recipe, source)
     jobs = plan_jobs(recipe, source, plan)
     with bundle.work_folder(recipe.output) as work:
-        texts = read_texts(recipe, source, plan, validate, progress)
-        quantized = _quantize(source, plan, texts.calibration, work / "quantized", progress)
+        calibrate = plan.calibrated and ready is None
+        texts = read_texts(
+            recipe, source, calibrate=calibrate, validate=validate, progress=progress
+        )
+        if ready is None:
+            ready = _quantize(source, plan, texts.calibration, work / "quantized", progress)
         failures: list[SlimportError] = []
         for job in jobs:
             try:
-                _build(job, recipe, source, quantized, texts, work, progress)
+                shipment.build(job, recipe, source, ready, texts, work, progress)
             except SlimportError as failure:
                 failures.append(failure)
     _raise_worst(failures)
     return [job.destination for job in jobs]
 
 
-def plan_jobs(recipe: Recipe, source: Source, plan: Plan) -> list[Job]:
-    """Containers and destinations; everything that cannot be held exactly is refused here.
-
-    Raises:
-        UsageError: no target.
-        Unsupported: a container that is not there yet, or that cannot hold the model.
-    """
-    if not recipe.targets:
-        raise UsageError(
-            "no target to export for",
-            "a bundle is made for a device profile",
-            "give --target android, or set `targets` in slimport.toml",
-        )
-    jobs = []
-    for name in recipe.targets:
-        target = load_target(name)
-        container = _container(target, recipe.container)
-        container.refuse(source.decoder, plan, source.tokenizer)
-        if source.mode == "separate":
-            for _, adapter in source.adapters:
-                container.refuse_adapter(adapter)
-        jobs.append(Job(target, container, recipe.output / target.name))
-    return jobs
-
-
-def _container(target: Target, wanted: str | None) -> Container:
-    for name in (wanted,) if wanted else target.containers:
-        if name in CONTAINERS:
-            return CONTAINERS[name]
-    preferred = wanted or ", ".join(target.containers)
-    raise Unsupported(
-        f"target {target.name}: container {preferred} is not there yet",
-        f"slimport writes {', '.join(CONTAINERS)} so far",
-        f"run it with --container {next(iter(CONTAINERS))}",
+def _origin(source: Source) -> Origin:
+    merged = source.adapters if source.mode == "merged" else ()
+    return Origin(
+        name=source.name,
+        base=source.checkpoint.digest(),
+        adapters={entry.name: adapter.digest() for entry, adapter in merged},
     )
+
+
+def _same_origin(source: Source, folder: Path) -> QuantizedCheckpoint:
+    """A quantized checkpoint, if it was made from this source."""
+    found = QuantizedCheckpoint.open(folder)
+    wanted = _origin(source)
+    if (found.origin.base, found.origin.adapters) != (wanted.base, wanted.adapters):
+        raise BadInput(
+            f"{folder} was not quantized from {source.name} with these adapters",
+            "its base or adapter digests are others",
+            "give the model and adapters that it was made from, or quantize again",
+        )
+    return found
 
 
 def _quantize(
     source: Source, plan: Plan, windows: Windows | None, folder: Path, progress: Progress
 ) -> QuantizedCheckpoint:
-    merged = source.adapters if source.mode == "merged" else ()
-    origin = Origin(
-        name=source.name,
-        base=source.checkpoint.digest(),
-        adapters={entry.name: adapter.digest() for entry, adapter in merged},
-    )
     return quantizer.quantize(
         source.weights,
         source.config,
@@ -135,189 +107,8 @@ def _quantize(
         calibration=windows,
         tokenizer_folder=source.checkpoint.folder,
         progress=progress,
-        origin=origin,
+        origin=_origin(source),
     )
-
-
-def _build(
-    job: Job,
-    recipe: Recipe,
-    source: Source,
-    quantized: QuantizedCheckpoint,
-    texts: Texts,
-    work: Path,
-    progress: Progress,
-) -> None:
-    """One bundle, from packing to the swap; a broken budget leaves it at NAME.failed."""
-    with bundle.building(job.destination) as folder:
-        files = _pack(job, source, quantized, folder, progress)
-        judgement = None
-        golden = None
-        if texts.judged:
-            case = _case(job, source, quantized, texts, files)
-            judgement = judge(case, RUNTIMES[job.container.NAME], work, progress)
-            golden = golden_json(judgement, case)
-        assembly.write_tokenizer_notes(source, golden, folder)
-        assembly.copy_licenses(source, texts.files, folder)
-        found = _report(job, recipe, source, quantized, texts, files, judgement)
-        report.write(
-            folder / "report", found, report.measurements(judgement.measurements if judgement else None)
-        )
-        assembly.write_readme(
-            job.container, job.target, source, found, files.model, files.adapters, folder
-        )
-        bundle.write_manifest(folder, _manifest(job, recipe, source, quantized, found))
-        if judgement and (failure := budget.failure(budget.check(found, _limits(job, recipe)))):
-            raise failure
-
-
-@dataclass(frozen=True, slots=True)
-class Files:
-    """What goes onto the device."""
-
-    model: Path
-    adapters: tuple[Path, ...]
-
-
-def _pack(
-    job: Job, source: Source, quantized: QuantizedCheckpoint, folder: Path, progress: Progress
-) -> Files:
-    """Write the container and its adapters; read every code back."""
-    stage = f"packing {job.container.NAME}"
-    progress(stage, 0, 2)
-    (model,) = job.container.write(quantized, source.tokenizer, folder)
-    adapters = []
-    if source.mode == "separate" and source.adapters:
-        (folder / "adapters").mkdir()
-        for _, adapter in source.adapters:
-            written = job.container.write_adapter(adapter, source.decoder, folder / "adapters")
-            adapters.append(written)
-    progress(stage, 1, 2)
-    read_back = job.container.check(quantized, folder)
-    if read_back.weights_digest != quantized.weights_digest:
-        raise ValidationFailed(
-            f"{model.name} does not hold the codes that were quantized",
-            f"its digest is {read_back.weights_digest}, not {quantized.weights_digest}",
-            "export again; if it stays, report it with the model's config.json",
-        )
-    progress(stage, 2, 2)
-    return Files(model, tuple(adapters))
-
-
-def _case(
-    job: Job, source: Source, quantized: QuantizedCheckpoint, texts: Texts, files: Files
-) -> Case:
-    separate = source.mode == "separate"
-    expected = oracle(source)
-    return Case(
-        file=files.model,
-        adapter=files.adapters[0] if files.adapters else None,
-        oracle=expected,
-        codes=Oracle(
-            quantized.folder,
-            adapter=expected.adapter if separate else None,
-            scale=expected.scale if separate else 1.0,
-            quantized=True,
-        ),
-        tokenizer=source.tokenizer,
-        texts=texts.judged,
-        kv_cache=job.target.kv_cache,
-        context=min(job.target.context_length, source.decoder.context_length),
-        prompt_lengths=job.target.prompt_lengths,
-        prompts=texts.prompts,
-    )
-
-
-def _report(
-    job: Job,
-    recipe: Recipe,
-    source: Source,
-    quantized: QuantizedCheckpoint,
-    texts: Texts,
-    files: Files,
-    judgement: Judgement | None,
-) -> dict[str, Any]:
-    layers = report.layer_rows(quantized.plan, quantized.errors, {})
-    sizes = footprint(
-        (files.model, *files.adapters),
-        [files.model],
-        quantized.plan.parameters,
-        _memory(job, quantized, judgement),
-        job.target.isa,
-    )
-    subject = report.Subject(
-        model={"name": source.name, "version": recipe.version},
-        target=job.target,
-        container=job.container.NAME,
-        runtime=RUNTIMES[job.container.NAME].version(),
-        weights_digest=quantized.weights_digest,
-        layers=layers,
-        footprint=sizes.to_json(),
-        limits=_limits(job, recipe),
-        adapters=[
-            {"name": entry.name, "kind": adapter.kind, "mode": source.mode, "recovery": None}
-            for entry, adapter in source.adapters
-        ],
-        texts=texts.origins,
-        samples=_samples(source, judgement),
-        inputs=assembly.inputs(source, quantized),
-        tools=assembly.tools(),
-        findings=limits.findings(job.target, files.model.parent, sizes.download_bytes),
-    )
-    return report.build(subject, judgement, codes_equal=True)
-
-
-def _memory(job: Job, quantized: QuantizedCheckpoint, judgement: Judgement | None) -> Memory:
-    """What the target will hold in memory; the weights' part is predicted for its processor."""
-    assert judgement is not None
-    return judgement.measurements.memory
-
-
-def _samples(source: Source, judgement: Judgement | None) -> list[dict[str, str]]:
-    """Greedy text of oracle and artifact side by side."""
-    if judgement is None:
-        return []
-    decode = source.tokenizer.decode
-    return [
-        {
-            "prompt": prompt,
-            "reference": decode(judgement.expected[prompt].tokens),
-            "artifact": decode(generation.tokens),
-        }
-        for prompt, generation in judgement.golden.items()
-    ]
-
-
-def _limits(job: Job, recipe: Recipe) -> dict[str, Limit]:
-    return budget.limits(job.target.budgets, recipe.budgets)
-
-
-def _manifest(
-    job: Job, recipe: Recipe, source: Source, quantized: QuantizedCheckpoint, found: dict[str, Any]
-) -> dict[str, Any]:
-    """Everything that `verify`, `check` and a device need to know, and nothing of this machine."""
-    build, reason = job.container.minimum_runtime(
-        source.decoder, source.tokenizer, source.mode == "separate"
-    )
-    return {
-        "name": source.name,
-        "version": recipe.version,
-        "target": job.target.name,
-        "container": job.container.NAME,
-        "validated": found["validated"],
-        "passed": found["passed"],
-        "executed": found["executed"],
-        "not_executed": found["not_executed"],
-        "weights_digest": quantized.weights_digest,
-        "float_digest": quantized.float_digest,
-        "digests": {name: record.digest for name, record in quantized.records.items()},
-        "plan": quantized.plan.to_json(),
-        "config": quantized.config,
-        "inputs": assembly.inputs(source, quantized),
-        "recipe": recipe.to_json(),
-        "tools": assembly.tools(),
-        "minimum_runtime": {"runtime": "llama.cpp", "build": build, "reason": reason},
-    }
 
 
 def quantize(
@@ -326,7 +117,7 @@ def quantize(
     """Write the quantized checkpoint of a recipe's model to `output`; returns its record."""
     source = open_source(recipe, offline=offline)
     plan = plan_of(recipe, source)
-    texts = read_texts(recipe, source, plan, False, progress)
+    texts = read_texts(recipe, source, calibrate=plan.calibrated, validate=False, progress=progress)
     quantized = _quantize(source, plan, texts.calibration, output, progress)
     return {
         "schema": "slimport.quantize/1",
@@ -335,6 +126,60 @@ def quantize(
         "float_digest": quantized.float_digest,
         "errors": dict(quantized.errors),
     }
+
+
+def validate(
+    folder: Path, recipe: Recipe, *, offline: bool = False, progress: Progress = _silent
+) -> dict[str, Any]:
+    """Judge a bundle again, against the recipe's model, adapters and texts; changes nothing.
+
+    Returns:
+        The joined report, as `export` would write it now.
+
+    Raises:
+        BadInput: the bundle is damaged, or was made from another model or adapter.
+    """
+    manifest = bundle.verify(folder)
+    container, decoder, plan = _contents(folder, manifest)
+    source = open_source(recipe, offline=offline)
+    _refuse_other_inputs(folder, manifest, source)
+    job = Job(Target.from_json(manifest["profile"]), container, folder)
+    with tempfile.TemporaryDirectory() as name:
+        work = Path(name)
+        quantized = quantizer.restore(
+            container.read_back(folder, decoder, _grids(plan)),
+            manifest["config"],
+            plan,
+            work / "quantized",
+            tokenizer_folder=source.checkpoint.folder,
+        )
+        texts = read_texts(recipe, source, calibrate=False, validate=True, progress=progress)
+        files = Files.of(folder, container, source)
+        case = shipment.case_of(job, source, quantized, texts, files)
+        judged = judge(case, RUNTIMES[container.NAME], work, progress)
+    errors = {row["name"]: row["relative_rmse"] for row in report_of(folder)["layers"]}
+    found = shipment.report_on(job, recipe, source, quantized, texts, files, judged, errors)
+    return report.joined(found, report.measurements(judged.measurements))
+
+
+def _refuse_other_inputs(folder: Path, manifest: Mapping[str, Any], source: Source) -> None:
+    stated = manifest["inputs"]
+    names = [entry.name for entry, _ in source.adapters]
+    pairs = [("model", stated["model"]["digest"], source.checkpoint.digest())]
+    pairs += [
+        (f"adapter {entry.name}", known["digest"], adapter.digest())
+        for known, (entry, adapter) in zip(stated["adapters"], source.adapters, strict=False)
+    ]
+    if len(stated["adapters"]) != len(names):
+        count = len(stated["adapters"])
+        pairs.append(("adapters", f"{count} of them", ", ".join(names) or "none"))
+    for what, known, given in pairs:
+        if known != given:
+            raise BadInput(
+                f"{folder} was made from another {what}",
+                f"the manifest says {known}, given is {given}",
+                "give the model and adapters that the bundle was made from",
+            )
 
 
 def verify(folder: Path) -> dict[str, Any]:
@@ -346,7 +191,7 @@ def verify(folder: Path) -> dict[str, Any]:
     """
     manifest = bundle.verify(folder)
     container, decoder, plan = _contents(folder, manifest)
-    grids = {choice.weight.name: choice.grid.name for choice in plan.quantized if choice.grid}
+    grids = _grids(plan)
     digests = {
         name: weight.digest(name)
         for name, weight in container.read_back(folder, decoder, grids)
@@ -388,6 +233,10 @@ def _contents(folder: Path, manifest: Mapping[str, Any]) -> tuple[Container, Dec
     return CONTAINERS[name], decoder, plan
 
 
+def _grids(plan: Plan) -> dict[str, str]:
+    return {choice.weight.name: choice.grid.name for choice in plan.quantized if choice.grid}
+
+
 def _mismatch(folder: Path, name: str, found: object, stated: object) -> BadInput:
     return BadInput(
         f"{folder}: the codes of {name} are not those of the manifest",
@@ -416,6 +265,12 @@ def report_of(folder: Path) -> dict[str, Any]:
     """The joined report and measurements of a bundle."""
     parts = folder / "report"
     return report.joined(read_json(parts / "report.json"), read_json(parts / "measurements.json"))
+
+
+def failing_code(found: Mapping[str, Any]) -> int:
+    """The exit code for a report that did not pass: 4 for accuracy, 3 for sizes."""
+    broken = budget.failure([Budget(**entry) for entry in found["budgets"]])
+    return broken.exit_code if broken else ValidationFailed.exit_code
 
 
 def _raise_worst(failures: list[SlimportError]) -> None:

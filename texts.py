@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .quantize.windows import Windows, read_text, token_windows, windows_of
-from .quantize.plan import Plan
 from .recipe import Recipe
 from .source import Source
 from .validation.runtimes import reference
@@ -26,7 +25,7 @@ class Texts:
     """What an export is calibrated and judged on.
 
     Attributes:
-        calibration: None where no method of the plan calibrates.
+        calibration: None where nothing is calibrated.
         judged: "held_out" and, if there is one, "out_of_distribution".
         origins: what each is: a file's name, or SAMPLED.
         files: the files that were read, for their licences.
@@ -41,9 +40,9 @@ class Texts:
 
 
 def read_texts(
-    recipe: Recipe, source: Source, plan: Plan, validate: bool, progress: Progress
+    recipe: Recipe, source: Source, *, calibrate: bool, validate: bool, progress: Progress
 ) -> Texts:
-    """Read or sample every text that this export needs.
+    """Read or sample the text to calibrate on, the texts to judge on, or both.
 
     Raises:
         BadInput: a file is malformed or too short for one window.
@@ -52,7 +51,7 @@ def read_texts(
     context = source.decoder.context_length
     origins: dict[str, str] = {}
     calibration = None
-    if any(choice.method == "gptq" for choice in plan.choices):
+    if calibrate:
         length = min(recipe.quantize.calibration_length, context)
         count = recipe.quantize.calibration_windows
         origins["calibration"] = given.calibration.name if given.calibration else SAMPLED
@@ -101,9 +100,7 @@ def _read(path: Path, source: Source, length: int, count: int) -> Windows:
     )
 
 
-def _prompts(
-    recipe: Recipe, source: Source, judged: Mapping[str, Windows]
-) -> dict[str, list[int]]:
+def _prompts(recipe: Recipe, source: Source, judged: Mapping[str, Windows]) -> dict[str, list[int]]:
     """The recipe's prompts as the model reads a chat; without any, the starts of windows."""
     tokenizer = source.tokenizer
     prompts: dict[str, list[int]] = {}

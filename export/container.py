@@ -44,6 +44,10 @@ class Container(Protocol):
     def NAME(self) -> str:
         """As written on the command line and in manifests."""
 
+    @property
+    def FILE(self) -> str:
+        """The file that a runtime is given."""
+
     def refuse(self, config: DecoderConfig, plan: Plan, tokenizer: Tokenizer) -> None:
         """Raise Unsupported if the container cannot hold this exactly; before any work starts."""
 

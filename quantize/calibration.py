@@ -1,4 +1,4 @@
-"""Calibration: token windows become the Hessian of every Linear.
+"""Calibration: token windows become statistics of what every Linear receives.
 
 Windows stream through decoder.py one layer at a time. What lies between two layers waits in an
 unnamed temporary file, so anonymous memory depends on one layer and not on windows or layers.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Generator, Mapping
 from types import TracebackType
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,7 +17,14 @@ from torch import Tensor
 
 from ..architectures import DecoderConfig, Kind, weights
 from ..checkpoint import Weights
-from ..decoder import SHARED_INPUTS, decoder_layer, load_layer, rope_tables
+from ..decoder import (
+    RESIDUALS,
+    SHARED_INPUTS,
+    LayerWeights,
+    decoder_layer,
+    load_layer,
+    rope_tables,
+)
 from ..errors import EnvironmentFailed
 from .grid import Float32
 from .windows import Int32, Windows
@@ -25,62 +33,89 @@ _TOKENS_AT_ONCE = 2048  # per forward pass: bounds what one layer computes in me
 _ROWS_AT_ONCE = 8192  # of the embedding, read in one piece
 
 
-def layer_hessians(
-    source: Weights, config: DecoderConfig, windows: Windows
-) -> Generator[tuple[int, dict[str, Float32]], Mapping[str, Float32], None]:
-    """Stream windows through the decoder; yield each layer's index and {weight name: Hessian}.
+class Statistics(NamedTuple):
+    """What a Linear y = W x receives, averaged over all tokens.
 
-    A Hessian is the mean over all tokens of x x^T, float32 (inputs, inputs), x the input of that
-    Linear; Linears that read the same input share one array. Send {weight name: dequantized
-    weights, float32} back for the weights of this layer that were quantized: the next layer's
-    inputs are computed with them, so each layer is calibrated on what it will really receive.
+    Attributes:
+        hessian: x x^T, float32 (inputs, inputs); one array for Linears that read the same input.
+        drift: d x^T, float32 (outputs, inputs), where d is what the quantization of earlier layers
+            took from the output: W x, and the residual stream that it is added to if it is, in
+            full precision minus here.
+    """
+
+    hessian: Float32
+    drift: Float32
+
+
+def layer_statistics(
+    source: Weights, config: DecoderConfig, windows: Windows
+) -> Generator[tuple[int, dict[str, Statistics]], Mapping[str, Float32], None]:
+    """Stream windows through the decoder; yield each layer's index and {weight name: Statistics}.
+
+    Send {weight name: dequantized weights, float32} back for the weights of this layer that were
+    quantized: the next layer's inputs are computed with them, so each layer is calibrated on what
+    it will really receive. The dict is emptied then.
 
     Raises:
-        EnvironmentFailed: no room for the temporary file (4 bytes per token and hidden feature).
+        EnvironmentFailed: no room for the temporary files (8 bytes per token and hidden feature).
     """
-    cos, sin = rope_tables(config, windows.ids.shape[1])
-    with _Activations(windows, config) as activations:
-        activations.embed(source, config)
+    tables = rope_tables(config, windows.ids.shape[1])
+    with _Activations(windows, config) as exact, _Activations(windows, config) as actual:
+        for activations in (exact, actual):
+            activations.embed(source, config)
         for index in range(config.layers):
-            hessians = _hessians(source, config, index, activations, cos, sin)
-            quantized = yield index, hessians
-            hessians.clear()
+            layer = load_layer(source, config, index)
+            found = _statistics(layer, config, exact, actual, tables)
+            named = {
+                weight.name: found[weight.kind]
+                for weight in weights(config)
+                if weight.layer == index and weight.is_linear
+            }
+            del layer, found
+            quantized = yield index, named
+            named.clear()
             if index + 1 < config.layers:
                 replaced = {name: torch.from_numpy(array) for name, array in quantized.items()}
                 layer = load_layer(source, config, index, replaced)
-                for batch in range(activations.batches):
-                    hidden = activations.read(batch)
-                    activations.write(batch, decoder_layer(hidden, layer, config, cos, sin))
+                for batch in range(actual.batches):
+                    actual.write(batch, decoder_layer(actual.read(batch), layer, config, *tables))
                 del quantized, replaced, layer
 
 
-def _hessians(
-    source: Weights,
+def _statistics(
+    layer: LayerWeights,
     config: DecoderConfig,
-    index: int,
-    activations: _Activations,
-    cos: Tensor,
-    sin: Tensor,
-) -> dict[str, Float32]:
-    """The Hessians of one full-precision layer over the activations before it."""
-    layer = load_layer(source, config, index)
-    sums = {kind: torch.zeros(2 * layer[kind].weight.shape[1:]) for kind in SHARED_INPUTS}
-
-    def add(kind: Kind, inputs: Tensor) -> None:
-        flat = inputs.reshape(-1, inputs.shape[-1])
-        sums[kind].addmm_(flat.T, flat)
-
-    for batch in range(activations.batches):
-        decoder_layer(activations.read(batch), layer, config, cos, sin, add)
-    shared: dict[Kind, Float32] = {}
+    exact: _Activations,
+    actual: _Activations,
+    tables: tuple[Tensor, Tensor],
+) -> dict[Kind, Statistics]:
+    """Statistics of the Linears of one full-precision layer; `exact` moves on to its output."""
+    squares = {kind: torch.zeros(2 * layer[kind].weight.shape[1:]) for kind in SHARED_INPUTS}
+    moves = {kind: torch.zeros_like(square) for kind, square in squares.items()}
+    residuals = {kind: torch.zeros_like(layer[kind].weight) for kind in RESIDUALS}
+    for batch in range(exact.batches):
+        wanted: dict[Kind, Tensor] = {}
+        found: dict[Kind, Tensor] = {}
+        output = decoder_layer(exact.read(batch), layer, config, *tables, wanted.__setitem__)
+        exact.write(batch, output)
+        decoder_layer(actual.read(batch), layer, config, *tables, found.__setitem__)
+        missing = {kind: (wanted.pop(kind) - found[kind]).flatten(0, 1) for kind in found}
+        for kind in SHARED_INPUTS:
+            inputs = found[kind].flatten(0, 1)
+            squares[kind].addmm_(inputs.T, inputs)
+            moves[kind].addmm_(missing[kind].T, inputs)
+            if kind in RESIDUALS:
+                residuals[kind].addmm_(missing[RESIDUALS[kind]].T, inputs)
+    statistics = {}
     for first, kinds in SHARED_INPUTS.items():
-        mean = sums[first].div_(activations.tokens).numpy()
-        shared |= dict.fromkeys(kinds, mean)
-    return {
-        weight.name: shared[weight.kind]
-        for weight in weights(config)
-        if weight.layer == index and weight.is_linear
-    }
+        hessian = squares[first].div_(exact.tokens).numpy()
+        move = moves.pop(first)
+        for kind in kinds:
+            drift = layer[kind].weight @ move
+            if kind in RESIDUALS:
+                drift += residuals.pop(kind)
+            statistics[kind] = Statistics(hessian, drift.div_(exact.tokens).numpy())
+    return statistics
 
 
 class _Activations:
@@ -130,7 +165,7 @@ class _Activations:
         try:
             hidden.contiguous().numpy().tofile(self._file)
         except OSError as error:
-            needed = 4 * self.tokens * self._hidden_size
+            needed = 8 * self.tokens * self._hidden_size  # two files of float32
             raise EnvironmentFailed(
                 f"calibration needs {needed / 1e6:.0f} MB of temporary disk space",
                 f"writing to {tempfile.gettempdir()} failed: {error}",

@@ -69,6 +69,11 @@ class Plan:
         return tuple(choice for choice in self.choices if choice.grid is not None)
 
     @property
+    def calibrated(self) -> bool:
+        """Whether a method needs calibration windows."""
+        return any(choice.method == "gptq" for choice in self.choices)
+
+    @property
     def parameters(self) -> int:
         """Numbers in all weights; a tied table counts once."""
         return sum(prod(choice.weight.shape) for choice in self.choices)

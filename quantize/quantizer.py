@@ -64,7 +64,7 @@ def quantize(
         Unsupported: scales of a weight are outside of what every container holds.
         EnvironmentFailed: the disk is full or read-only.
     """
-    if all(choice.method != "gptq" for choice in plan.choices):
+    if not plan.calibrated:
         calibration = None
     elif calibration is None:
         raise UsageError(
@@ -81,6 +81,36 @@ def quantize(
         with store.writing(folder):
             store.write_metadata(partial, config, plan, origin, digest, records, tokenizer_folder)
     return QuantizedCheckpoint.open(folder)
+
+
+def restore(
+    tensors: Iterable[tuple[str, QuantizedTensor | Float32]],
+    config: dict[str, Any],
+    plan: Plan,
+    folder: Path,
+    *,
+    tokenizer_folder: Path,
+) -> QuantizedCheckpoint:
+    """Write weights that are quantized already, such as those read back from a container.
+
+    Args:
+        tensors: every weight of the plan, in its order. Their errors are not known.
+    """
+    with store.replacing(folder) as partial:
+        records = _write(_restored(tensors), plan, partial, lambda stage, done, total: None)
+        with store.writing(folder):
+            store.write_metadata(partial, config, plan, Origin(), None, records, tokenizer_folder)
+    return QuantizedCheckpoint.open(folder)
+
+
+def _restored(tensors: Iterable[tuple[str, QuantizedTensor | Float32]]) -> Iterator[_Block]:
+    for name, tensor in tensors:
+        if isinstance(tensor, QuantizedTensor):
+            codes = np.ascontiguousarray(tensor.codes)
+            yield _Block(name, codes, pack(codes, tensor.grid.bits), tensor.scale)
+        else:
+            values = np.ascontiguousarray(tensor, "<f4")
+            yield _Block(name, values, values)
 
 
 def _threads() -> int:
@@ -119,16 +149,16 @@ def _blocks(
     if windows is None:
         yield from _by_rows(weights, plan.choices, pool)
         return
-    from .calibration import layer_hessians  # torch is loaded only to calibrate
+    from .calibration import layer_statistics  # torch is loaded only to calibrate
     from .methods import gptq
 
-    with closing(layer_hessians(weights, config, windows)) as stream:
+    with closing(layer_statistics(weights, config, windows)) as stream:
         solved: dict[str, Float32] | None = None
         for shard in store.shards(plan):
             if shard[0].weight.layer is None:
                 yield from _by_rows(weights, shard, pool)
                 continue
-            _, hessians = next(stream) if solved is None else stream.send(solved)
+            _, statistics = next(stream) if solved is None else stream.send(solved)
             solved = {}
             for choice in shard:
                 name, grid = choice.weight.name, choice.grid
@@ -136,7 +166,7 @@ def _blocks(
                     yield from _by_rows(weights, (choice,), pool)
                     continue
                 values = weights.rows(name)
-                tensor = gptq.solve(values, grid, hessians[name])
+                tensor = gptq.solve(values, grid, *statistics[name])
                 solved[name] = tensor.dequantize()
                 yield _quantized_block(name, values, tensor)
 
@@ -241,7 +271,9 @@ def _write(
     for index, shard in enumerate(shards):
         with store.open_shard(folder, index, len(shards), shard) as append:
             for choice in shard:
-                name, parts = next(by_weight)
+                name, parts = next(by_weight, ("nothing", ()))
+                if name != choice.weight.name:
+                    raise ValueError(f"{name} comes where the plan has {choice.weight.name}")
                 records[name] = _write_weight(choice, parts, append)
     return records
 

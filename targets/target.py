@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import UsageError
+from ..errors import BadInput, UsageError
 from ..settings import (
     METRICS,
     Place,
@@ -63,6 +63,31 @@ class Target:
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
+
+    @classmethod
+    def from_json(cls, table: Mapping[str, Any]) -> Target:
+        """What `to_json` wrote, as a manifest holds it.
+
+        Raises:
+            BadInput: a key is missing, unknown or malformed.
+        """
+        try:
+            values: dict[str, Any] = {
+                key: tuple(value) if isinstance(value, list) else value
+                for key, value in table.items()
+            }
+            values |= {key: _limits_of(table[key]) for key in ("budgets", "limits")}
+            return cls(**values)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise BadInput(
+                "the target profile in a manifest is malformed",
+                f"{type(error).__name__} {error}",
+                "export the bundle again",
+            ) from error
+
+
+def _limits_of(table: Mapping[str, Any]) -> dict[str, Limit]:
+    return {key: Limit(**limit) for key, limit in table.items()}
 
 
 _FOLDER = Path(__file__).parent

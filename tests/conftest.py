@@ -5,8 +5,12 @@ The folders are shared by the whole session: a test that damages one copies it f
 
 from __future__ import annotations
 
+import io
 import json
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +29,10 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 from transformers.utils import logging
+
+from slimport.cli import main
+from slimport.validation import worker
+from slimport.validation.runtimes import reference_worker
 
 torch.set_num_threads(2)
 logging.disable_progress_bar()
@@ -217,3 +225,104 @@ def tiny_qwen2(make_model: MakeModel) -> Path:
 @pytest.fixture(scope="session")
 def tiny_qwen3(make_model: MakeModel) -> Path:
     return make_model("qwen3", num_hidden_layers=3)
+
+
+@dataclass(frozen=True)
+class Done:
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+
+@pytest.fixture(scope="session")
+def slimport() -> Callable[..., Done]:
+    """slimport("export", ...) -> Done: the command line, in this process."""
+
+    def run(*arguments: object) -> Done:
+        before = signal.getsignal(signal.SIGTERM)
+        with redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as err:
+            code = main([str(argument) for argument in arguments])
+        signal.signal(signal.SIGTERM, before)
+        return Done(code, out.getvalue(), err.getvalue())
+
+    return run
+
+
+@contextmanager
+def _reference_at_hand() -> Iterator[None]:
+    in_child = worker.call
+
+    def call(module: str, job: str, arguments: Any, progress: Any = None) -> Any:
+        if module.endswith("reference_worker"):
+            return reference_worker.JOBS[job](**arguments)
+        return in_child(module, job, arguments, progress)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(worker, "call", call)
+        yield
+
+
+@pytest.fixture
+def at_hand() -> Iterator[None]:
+    """Run the reference in this process: transformers is loaded already, a child takes seconds."""
+    with _reference_at_hand():
+        yield
+
+
+RECIPE = """\
+model = "{model}"
+version = "1.2.3"
+targets = ["pocket.toml"]
+[quantize]
+method = "rtn"
+calibration_windows = 4
+calibration_length = 32
+[texts]
+calibration = "train.txt"
+eval = "held_out.txt"
+[validate]
+windows = 3
+window_length = 32
+[budgets]
+kl_mean = 100  # random weights
+top1 = 0
+"""
+POCKET = """\
+extends = "android"
+context_length = 64
+prompt_lengths = [16, 32]
+"""
+
+
+def write_recipe(folder: Path, model: Path, more: str = "") -> Path:
+    """slimport.toml with tiny windows, its texts and a target `pocket`; `more` is put before."""
+    folder.mkdir(exist_ok=True)
+    (folder / "pocket.toml").write_text(POCKET)
+    (folder / "train.txt").write_text(TEXT)
+    (folder / "held_out.txt").write_text(TEXT)
+    (folder / "slimport.toml").write_text(more + RECIPE.format(model=model))
+    return folder / "slimport.toml"
+
+
+@pytest.fixture(scope="session")
+def recipe_for() -> Callable[..., Path]:
+    """recipe_for(folder, model, more="") -> slimport.toml with tiny windows and target pocket."""
+    return write_recipe
+
+
+@pytest.fixture(scope="session")
+def finished(
+    tiny_llama: Path, slimport: Callable[..., Done], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A validated bundle of the tiny Llama for the target pocket; copy it before changing it."""
+    folder = tmp_path_factory.mktemp("finished")
+    with _reference_at_hand():
+        done = slimport("export", "--config", write_recipe(folder, tiny_llama))
+    assert done.code == 0, done.err
+    return folder / "dist" / "pocket"

@@ -101,7 +101,7 @@ def test_captured_inputs_are_those_of_the_linears() -> None:
     tokens = torch.arange(40).view(2, 20)
     seen: dict[str, torch.Tensor] = {}
     for name, module in model.model.layers[0].named_modules():
-        if isinstance(module, torch.nn.Linear):
+        if isinstance(module, torch.nn.Linear) or name.endswith("layernorm"):
             module.register_forward_pre_hook(
                 lambda _, inputs, name=name: seen.update({name: inputs[0]})
             )
@@ -115,12 +115,14 @@ def test_captured_inputs_are_those_of_the_linears() -> None:
             *decoder.rope_tables(config, 20),
             captured.__setitem__,
         )
-    assert set(captured) == set(decoder.SHARED_INPUTS)
+    assert set(captured) == {*decoder.SHARED_INPUTS, *decoder.RESIDUALS.values()}
     modules = {
         Kind.Q: ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
         Kind.ATTENTION_OUTPUT: ["self_attn.o_proj"],
         Kind.GATE: ["mlp.gate_proj", "mlp.up_proj"],
         Kind.DOWN: ["mlp.down_proj"],
+        Kind.ATTENTION_NORM: ["input_layernorm"],
+        Kind.FFN_NORM: ["post_attention_layernorm"],
     }
     for kind, names in modules.items():
         for name in names:

@@ -83,7 +83,10 @@ def test_the_built_wheel_works_in_an_empty_folder(tmp_path: Path) -> None:
     assert not any(name.startswith(("slimport/tests", "tests", "examples")) for name in names)
     site = tmp_path / "site"
     subprocess.run([*pip, "install", "--no-deps", "--target", str(site), str(wheel)], check=True)
-    code = f"import sys; sys.path.insert(0, {str(site)!r}); import slimport.cli as c; print(c.__file__); c.main(['targets'])"
+    code = (
+        f"import sys; sys.path.insert(0, {str(site)!r}); import slimport.cli as cli;"
+        "print(cli.__file__); cli.main(['targets'])"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path
     )

@@ -134,7 +134,7 @@ def _stage(progress: Progress, what: str, text: str) -> Callable[[int, int], Non
 
 
 def golden_json(judgement: Judgement, case: Case) -> dict[str, Any]:
-    """Prompts with their ids and the greedy tokens that follow in the runtime, to prove a device."""
+    """Prompts, their ids and the greedy tokens that follow in the runtime, to prove a device."""
     return {
         "schema": "slimport.golden/1",
         "kv_cache": case.kv_cache,

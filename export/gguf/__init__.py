@@ -24,6 +24,7 @@ from .vocabulary import vocabulary_metadata
 from .writer import TensorInfo, Value, file_bytes, write_file
 
 __all__ = [
+    "FILE",
     "NAME",
     "check",
     "minimum_runtime",

@@ -26,7 +26,7 @@ _OTHER_TOKENIZER = (5092, "a pre-tokenizer added after 2024")
 
 
 def minimum_runtime(config: DecoderConfig, tokenizer: Tokenizer, separate: bool) -> tuple[str, str]:
-    """The oldest llama.cpp build that reads the file, such as "b3000", and what it is needed for."""
+    """The oldest llama.cpp build that reads the file, such as "b3000", and why."""
     needs = [_ARCHITECTURES[config.family.gguf]]
     if config.rope.kind == "llama3":
         needs.append(_LLAMA3_ROPE)

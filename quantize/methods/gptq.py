@@ -22,12 +22,15 @@ from ..tensor import QuantizedTensor
 from . import rtn
 
 _DAMPINGS = (0.01, 0.1, 1.0)  # of the mean diagonal; the next one only if the factor fails
+_GIVEN_BACK = np.float32(0.5)  # of the drift; all of it fits the calibration text too closely
 _BLOCK = 128  # columns between two updates by matrix product
 
 Indices = npt.NDArray[np.int64]
 
 
-def solve(weight: Float32, grid: Grid, hessian: Float32) -> QuantizedTensor:
+def solve(
+    weight: Float32, grid: Grid, hessian: Float32, drift: Float32 | None = None
+) -> QuantizedTensor:
     """Quantize so that the outputs, not the weights, change least.
 
     Args:
@@ -35,6 +38,8 @@ def solve(weight: Float32, grid: Grid, hessian: Float32) -> QuantizedTensor:
         grid: its scales are those of RTN's search.
         hessian: float32 (columns, columns), mean of x x^T over inputs x. A column that was never
             active (zero on the diagonal) keeps its RTN codes.
+        drift: float32 (rows, columns), mean of d x^T; d is what earlier errors took from the
+            outputs. Half of what the inputs x can give back of it is added to the weights first.
 
     Raises:
         BadInput: the Hessian has another shape, is not finite or has no positive definite part.
@@ -42,21 +47,25 @@ def solve(weight: Float32, grid: Grid, hessian: Float32) -> QuantizedTensor:
     columns = weight.shape[1]
     if hessian.shape != (columns, columns):
         raise _unusable(f"its shape is {hessian.shape} for {columns} columns")
-    rounded = rtn.solve(weight, grid)
     importance = hessian.diagonal()
     if not np.isfinite(importance).all():
         raise _unusable("its diagonal is not finite")
     order = np.argsort(importance, kind="stable")
     order = order[importance[order] > 0]
     if order.size == 0:
-        return rounded
-    codes = rounded.codes.copy()
-    codes[:, order] = _feedback(weight, rounded.scale, grid, order, _factor(hessian, order))
-    return QuantizedTensor(grid, codes, rounded.scale)
+        return rtn.solve(weight, grid)
+    factor = _factor(hessian, order)
+    if drift is not None:
+        weight = weight.copy()
+        weight[:, order] += _correction(drift, order, factor)
+    rounded = rtn.solve(weight, grid)
+    factor /= factor.diagonal()[:, None].clone()
+    rounded.codes[:, order] = _feedback(weight, rounded.scale, grid, order, factor.mT)
+    return rounded
 
 
 def _factor(hessian: Float32, order: Indices) -> Tensor:
-    """Unit lower triangular L of the damped Hessian = L D L^T, in `order`."""
+    """Upper triangular U of the damped Hessian = U^T U, in `order`."""
     ordered = torch.from_numpy(hessian[np.ix_(order, order)])
     mean = ordered.diagonal().mean()
     upper: Tensor
@@ -66,16 +75,22 @@ def _factor(hessian: Float32, order: Indices) -> Tensor:
         added = damping
         upper, failed = torch.linalg.cholesky_ex(ordered, upper=True)
         if not failed:
-            upper /= upper.diagonal()[:, None].clone()
-            return upper.mT
+            return upper
     raise _unusable(f"it is not positive definite with {added:.0%} of its mean diagonal added")
+
+
+def _correction(drift: Float32, order: Indices, factor: Tensor) -> Float32:
+    """The change of the weights that gives back part of the drift: drift * (U^T U)^-1."""
+    columns = torch.from_numpy(drift[:, order]).mT
+    solved: Float32 = torch.cholesky_solve(columns, factor, upper=True).mT.numpy()
+    return solved * _GIVEN_BACK
 
 
 def _feedback(weight: Float32, scale: Float32, grid: Grid, order: Indices, factor: Tensor) -> Int8:
     """Codes (rows, len(order)) of the columns `order`, chosen from the last to the first.
 
     Column j is rounded after adding sum(error[i] * factor[i, j]) over the columns i > j, whose
-    error is weight - code * scale.
+    error is weight - code * scale; `factor` is unit lower triangular.
     """
     weight = weight[:, order]
     groups = order // grid.group if grid.group else np.zeros_like(order)

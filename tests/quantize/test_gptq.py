@@ -81,6 +81,16 @@ def test_dead_columns_keep_their_rtn_codes() -> None:
     assert (quantized.codes[:, alive] != expected[:, alive]).any()
 
 
+def test_drift_is_half_given_back() -> None:
+    weight, hessian = problem(16, 96)
+    lost = 0.05 * np.random.default_rng(3).normal(size=weight.shape).astype(np.float32)
+    damped = hessian + 0.01 * hessian.diagonal().mean() * np.eye(96, dtype=np.float32)
+    corrected = gptq.solve(weight, INT8_G32, hessian, lost @ damped)
+    expected = gptq.solve(weight + lost / 2, INT8_G32, hessian)
+    assert (corrected.codes == expected.codes).mean() > 0.98
+    assert (corrected.codes == gptq.solve(weight, INT8_G32, hessian).codes).mean() < 0.5
+
+
 def test_inputs_never_seen_give_rtn() -> None:
     weight, _ = problem(8, 64)
     quantized = gptq.solve(weight, INT4_G32, np.zeros((64, 64), np.float32))

@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,10 +11,10 @@ from slimport.architectures import decoder_config
 from slimport.checkpoint import Checkpoint
 from slimport.errors import Unsupported, UsageError
 from slimport.quantize import quantizer
-from slimport.quantize.calibration import layer_hessians
+from slimport.quantize.calibration import layer_statistics
 from slimport.quantize.methods import gptq
 from slimport.quantize.plan import make_plan
-from slimport.quantize.quantizer import quantize
+from slimport.quantize.quantizer import quantize, restore
 from slimport.quantize.windows import windows_of
 
 UP = "model.layers.1.mlp.up_proj.weight"
@@ -82,15 +83,33 @@ def test_codes_do_not_depend_on_the_size_of_blocks(source, tmp_path, monkeypatch
     assert parts.errors == pytest.approx(whole.errors, rel=1e-12)
 
 
+def test_restore_writes_the_same_weights(source, tmp_path):
+    model = run(source, source, tmp_path / "out", method="rtn")
+    tensors = [(name, model.load(name)) for name in model.names()]
+    again = restore(
+        tensors, model.config, model.plan, tmp_path / "again", tokenizer_folder=source.folder
+    )
+    assert again.weights_digest == model.weights_digest
+    assert again.float_digest == model.float_digest
+    with pytest.raises(ValueError, match=tensors[1][0]):
+        restore(
+            tensors[::-1],
+            model.config,
+            model.plan,
+            tmp_path / "odd",
+            tokenizer_folder=source.folder,
+        )
+
+
 def test_gptq_is_calibrated_on_layers_already_quantized(source, windows, tmp_path):
     model = run(source, source, tmp_path / "out", windows=windows, method="gptq")
-    stream = layer_hessians(source, model.decoder, windows)
+    stream = layer_statistics(source, model.decoder, windows)
     _, first = next(stream)
-    expected = gptq.solve(source.rows(Q0), model.plan[Q0].grid, first[Q0])
+    expected = gptq.solve(source.rows(Q0), model.plan[Q0].grid, *first[Q0])
     assert expected.digest(Q0) == model.records[Q0].digest
     linears = [c.weight.name for c in model.plan.quantized if c.weight.layer == 0]
     _, second = stream.send({name: model.rows(name) for name in linears})
-    expected = gptq.solve(source.rows(Q1), model.plan[Q1].grid, second[Q1])
+    expected = gptq.solve(source.rows(Q1), model.plan[Q1].grid, *second[Q1])
     assert expected.digest(Q1) == model.records[Q1].digest
 
 
@@ -99,11 +118,11 @@ def test_gptq_lowers_the_error_of_outputs_and_leaves_tables(source, windows, tmp
     plain = run(source, source, tmp_path / "rtn", method="rtn")
     assert model.records[EMBEDDING] == plain.records[EMBEDDING]
     assert model.errors[Q0] > plain.errors[Q0]  # of weights; it trades them for outputs
-    _, hessians = next(layer_hessians(source, model.decoder, windows))
+    _, statistics = next(layer_statistics(source, model.decoder, windows))
 
     def output_error(quantized):
         miss = quantized.rows(Q0) - source.rows(Q0)
-        return np.einsum("ri,ij,rj->", miss, hessians[Q0], miss)
+        return np.einsum("ri,ij,rj->", miss, statistics[Q0].hessian, miss)
 
     assert output_error(model) < 0.95 * output_error(plain)  # measured 0.90; inputs are noise
 
@@ -208,11 +227,16 @@ def write_model(folder, layers):
 def test_twice_the_layers_the_same_memory(tmp_path_factory, tmp_path, method):
     peaks = {}
     small = write_model(tmp_path / "1", 1)
-    for layers in (12, 24):
+    for layers in (16, 32):
         large = write_model(tmp_path / str(layers), layers)
         command = [sys.executable, "-c", MEASURE, small, large, tmp_path / "out", method]
-        done = subprocess.run([str(word) for word in command], capture_output=True, text=True)
+        done = subprocess.run(
+            [str(word) for word in command],
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+        )
         assert done.returncode == 0, done.stderr
         peaks[layers] = json.loads(done.stdout)
-    # Twelve layers more are 35 MB as float32, 9 MB as codes, 18 MB of activations.
-    assert peaks[24] - peaks[12] < 4e6, peaks
+    # Sixteen layers more are 47 MB as float32 and 12 MB as codes; repeated runs differ by 5 MB.
+    assert peaks[32] - peaks[16] < 8e6, peaks

@@ -17,8 +17,6 @@ from slimport.export.gguf import layout
 from slimport.quantize.plan import make_plan
 from slimport.quantize.quantizer import quantize
 from slimport.tokenizer import Tokenizer
-from slimport.validation import worker
-from slimport.validation.runtimes import reference_worker
 
 
 @dataclass(frozen=True)
@@ -69,16 +67,3 @@ def exported(make_model: Any, tmp_path_factory: Any) -> Callable[..., Exported]:
         return made[key]
 
     return export
-
-
-@pytest.fixture
-def at_hand(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run the reference in this process: transformers is loaded already, a child takes seconds."""
-    in_child = worker.call
-
-    def call(module: str, job: str, arguments: Any, progress: Any = None) -> Any:
-        if module.endswith("reference_worker"):
-            return reference_worker.JOBS[job](**arguments)
-        return in_child(module, job, arguments, progress)
-
-    monkeypatch.setattr(worker, "call", call)

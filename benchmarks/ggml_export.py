@@ -1,0 +1,127 @@
+"""The peer: the same file with codes by ggml's own kernels, through our reading and writing."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from gguf import GGMLQuantizationType
+from numpy.typing import NDArray
+
+from slimport.architectures import DecoderConfig
+from slimport.checkpoint import Weights
+from slimport.export.gguf.layout import tensor_infos
+from slimport.export.gguf.metadata import model_metadata
+from slimport.export.gguf.packing import float_bytes, packed_rows, row_order
+from slimport.export.gguf.vocabulary import vocabulary_metadata
+from slimport.export.gguf.writer import TensorInfo, write_file
+from slimport.quantize.ggml import Type, quantize_rows
+from slimport.quantize.grid import Float32
+from slimport.quantize.plan import Plan
+from slimport.quantize.store import QuantizedCheckpoint
+from slimport.quantize.tensor import QuantizedTensor
+from slimport.tokenizer import Tokenizer
+
+_BLOCK = 1 << 21  # weights in one block of rows, as in quantizer.py
+
+Imatrix = Mapping[str, Float32]  # mean of x^2 per input, by weight name
+
+
+def quantize_streamed(
+    weights: Weights,
+    config: DecoderConfig,
+    plan: Plan,
+    tokenizer: Tokenizer,
+    kind: Type,
+    path: Path,
+    threads: int,
+) -> None:
+    """Read, quantize, write and fsync; Linears become `kind`, tables Q8_0, vectors F32.
+
+    Blocks of rows go through `threads` threads, as in our own export. Two things are spared that
+    an export needs: q and k rows keep the order of the source, and nothing is read back.
+    """
+    infos = _typed(config, plan, kind)
+    with ThreadPoolExecutor(threads) as pool:
+        data = (_rows(weights, source.weight.name, info, pool, threads)
+                for source, info in zip(plan.choices, infos, strict=True))
+        write_file(path, _metadata(config, plan, tokenizer), infos, data)
+
+
+def _rows(
+    weights: Weights, name: str, info: TensorInfo, pool: ThreadPoolExecutor, threads: int
+) -> Iterator[NDArray[Any]]:
+    """The blocks of one tensor in order, solved a few ahead in threads."""
+
+    def solve(start: int) -> NDArray[Any]:
+        values = weights.rows(name, start, start + step)
+        return values if info.type == Type.F32 else quantize_rows(info.type, values)
+
+    rows, *rest = info.shape
+    step = max(1, _BLOCK // prod(rest))
+    waiting: deque[Future[NDArray[Any]]] = deque()
+    for start in range(0, rows, step):
+        waiting.append(pool.submit(solve, start))
+        if len(waiting) > threads:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
+
+
+def write_peer(
+    ours: QuantizedCheckpoint,
+    weights: Weights,
+    tokenizer: Tokenizer,
+    kind: Type,
+    path: Path,
+    imatrix: Imatrix | None = None,
+) -> None:
+    """Our file with the Linears quantized by ggml to `kind`; tables and vectors are the same."""
+    config, plan = ours.decoder, ours.plan
+    infos = _typed(config, plan, kind)
+
+    def data() -> Iterator[Iterable[NDArray[Any]]]:
+        for choice, info in zip(plan.choices, infos, strict=True):
+            name, order = choice.weight.name, row_order(choice.weight, config)
+            if choice.weight.is_linear:
+                values = weights.rows(name)
+                values = values if order is None else values[order]
+                yield [quantize_rows(kind, values, imatrix[name] if imatrix else None, 2)]
+                continue
+            tensor = ours.load(name)
+            if isinstance(tensor, QuantizedTensor):
+                yield packed_rows(tensor, order)
+            else:
+                yield [float_bytes(info, tensor, order)]
+
+    write_file(path, _metadata(config, plan, tokenizer), infos, data())
+
+
+def linear_bytes(config: DecoderConfig, plan: Plan, kind: Type | None = None) -> int:
+    """Bytes of all Linears in the file: on their own grids, or as `kind`."""
+    infos = tensor_infos(config, plan) if kind is None else _typed(config, plan, kind)
+    pairs = zip(plan.choices, infos, strict=False)
+    return sum(info.nbytes for choice, info in pairs if choice.weight.is_linear)
+
+
+def linear_weights(plan: Plan) -> int:
+    return sum(prod(c.weight.shape) for c in plan.choices if c.weight.is_linear)
+
+
+def _typed(config: DecoderConfig, plan: Plan, kind: Type) -> list[TensorInfo]:
+    infos = tensor_infos(config, plan)
+    return [
+        replace(info, type=GGMLQuantizationType(kind)) if choice.weight.is_linear else info
+        for choice, info in zip(plan.choices, infos, strict=True)
+    ]
+
+
+def _metadata(config: DecoderConfig, plan: Plan, tokenizer: Tokenizer) -> dict[str, Any]:
+    vocabulary = vocabulary_metadata(tokenizer, config.vocab_size)
+    return model_metadata(config, "peer", tensor_infos(config, plan)) | vocabulary

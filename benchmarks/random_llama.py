@@ -1,0 +1,98 @@
+"""A random Llama of TinyLlama's shape (1.1B weights with 22 layers), written once and kept.
+
+Gaussian weights of deviation 0.02 in bf16, one shard per layer, and a byte-level tokenizer of
+32,000 pieces: to a quantizer and to a disk it is like any trained model of that size.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from itertools import groupby, islice, product
+from pathlib import Path
+from string import ascii_lowercase
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers.processors import TemplateProcessing
+
+from slimport.architectures import decoder_config, weights
+
+_DEVIATION = 0.02
+_BOS, _EOS = "<s>", "</s>"
+
+
+def folder_of_all() -> Path:
+    """Where models of benchmarks are kept: outside of the repository, as they have gigabytes."""
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache) / "slimport" / "benchmarks"
+
+
+def random_llama(layers: int, parent: Path | None = None) -> Path:
+    """The model's folder; written at the first call (2.2 GB with 22 layers)."""
+    folder = (parent or folder_of_all()) / f"random-llama-{layers}"
+    if (folder / "config.json").exists():  # written last
+        return folder
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": 2048,
+        "intermediate_size": 5632,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "vocab_size": 32000,
+        "max_position_embeddings": 2048,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": False,
+        "hidden_act": "silu",
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+    }
+    _write_weights(folder, config)
+    _write_tokenizer(folder, config["vocab_size"])
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    return folder
+
+
+def _write_weights(folder: Path, config: dict[str, Any]) -> None:
+    """A shard per layer, one for what is before and one for what is after."""
+    places: dict[str, str] = {}
+    shards = groupby(weights(decoder_config(config)), lambda weight: weight.layer)
+    for number, (_, shard) in enumerate(shards, start=1):
+        file = f"model-{number:05d}-of-{config['num_hidden_layers'] + 2:05d}.safetensors"
+        tensors = {weight.name: _values(weight.name, weight.shape) for weight in shard}
+        save_file(tensors, folder / file)
+        places |= dict.fromkeys(tensors, file)
+    index = {"metadata": {}, "weight_map": places}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")
+
+
+def _values(name: str, shape: tuple[int, ...]) -> torch.Tensor:
+    if len(shape) == 1:
+        return torch.ones(shape, dtype=torch.bfloat16)
+    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+    return torch.randn(shape, generator=generator).mul_(_DEVIATION).to(torch.bfloat16)
+
+
+def _write_tokenizer(folder: Path, size: int) -> None:
+    """Two special tokens, the 256 bytes, and the first strings of two, three and four letters."""
+    pieces = [_BOS, _EOS, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    longer = ("".join(word) for n in (2, 3, 4) for word in product(ascii_lowercase, repeat=n))
+    words = list(islice(longer, size - len(pieces)))
+    vocabulary = {piece: index for index, piece in enumerate([*pieces, *words])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [(word[:-1], word[-1]) for word in words]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(text, special=True) for text in (_BOS, _EOS)])
+    tokenizer.post_processor = TemplateProcessing(
+        single=f"{_BOS} $A", special_tokens=[(_BOS, vocabulary[_BOS])]
+    )
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {"bos_token": _BOS, "eos_token": _EOS}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")

@@ -1,0 +1,274 @@
+"""One target of an export: from a quantized checkpoint to a finished bundle."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from . import assembly, bundle
+from .errors import Unsupported, UsageError, ValidationFailed
+from .export import gguf
+from .export.container import Container
+from .quantize.plan import Plan
+from .quantize.store import QuantizedCheckpoint
+from .recipe import Recipe
+from .source import Source
+from .targets import limits
+from .targets.target import Limit, Target, load_target
+from .texts import Texts, oracle
+from .validation import budget, report
+from .validation.footprint import footprint
+from .validation.judge import Case, Judgement, golden_json, judge
+from .validation.runtime import Memory, Runtime
+from .validation.runtimes import llamacpp
+from .validation.runtimes.reference import Oracle
+
+Progress = Callable[[str, int, int], None]
+CONTAINERS: Mapping[str, Container] = {gguf.NAME: gguf}
+RUNTIMES: Mapping[str, Runtime] = {gguf.NAME: llamacpp}
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One target of an export: which container, and where the bundle will stand."""
+
+    target: Target
+    container: Container
+    destination: Path
+
+
+def plan_jobs(recipe: Recipe, source: Source, plan: Plan) -> list[Job]:
+    """Containers and destinations; everything that cannot be held exactly is refused here.
+
+    Raises:
+        UsageError: no target.
+        Unsupported: a container that is not there yet, or that cannot hold the model.
+    """
+    if not recipe.targets:
+        raise UsageError(
+            "no target to export for",
+            "a bundle is made for a device profile",
+            "give --target android, or set `targets` in slimport.toml",
+        )
+    jobs = []
+    for name in recipe.targets:
+        target = load_target(name)
+        if source.decoder.context_length < target.context_length:
+            target = replace(target, context_length=source.decoder.context_length)
+        container = _container(target, recipe.container)
+        container.refuse(source.decoder, plan, source.tokenizer)
+        if source.mode == "separate":
+            for _, adapter in source.adapters:
+                container.refuse_adapter(adapter)
+        jobs.append(Job(target, container, recipe.output / target.name))
+    return jobs
+
+
+def _container(target: Target, wanted: str | None) -> Container:
+    for name in (wanted,) if wanted else target.containers:
+        if name in CONTAINERS:
+            return CONTAINERS[name]
+    preferred = wanted or ", ".join(target.containers)
+    raise Unsupported(
+        f"target {target.name}: container {preferred} is not there yet",
+        f"slimport writes {', '.join(CONTAINERS)} so far",
+        f"run it with --container {next(iter(CONTAINERS))}",
+    )
+
+
+def build(
+    job: Job,
+    recipe: Recipe,
+    source: Source,
+    quantized: QuantizedCheckpoint,
+    texts: Texts,
+    work: Path,
+    progress: Progress,
+) -> None:
+    """One bundle, from packing to the swap; a broken budget leaves it at NAME.failed."""
+    with bundle.building(job.destination) as folder:
+        files = pack(job, source, quantized, folder, progress)
+        judgement = None
+        golden = None
+        if texts.judged:
+            case = case_of(job, source, quantized, texts, files)
+            judgement = judge(case, RUNTIMES[job.container.NAME], work, progress)
+            golden = golden_json(judgement, case)
+        assembly.write_tokenizer_notes(source, golden, folder)
+        assembly.copy_licenses(source, texts.files, folder)
+        errors = quantized.errors
+        found = report_on(job, recipe, source, quantized, texts, files, judgement, errors)
+        report.write(
+            folder / "report",
+            found,
+            report.measurements(judgement.measurements if judgement else None),
+        )
+        assembly.write_readme(
+            job.container, job.target, source, found, files.model, files.adapters, folder
+        )
+        bundle.write_manifest(folder, _manifest(job, recipe, source, quantized, found))
+        if judgement and (failure := budget.failure(budget.check(found, _limits(job, recipe)))):
+            raise failure
+
+
+@dataclass(frozen=True, slots=True)
+class Files:
+    """What goes onto the device."""
+
+    model: Path
+    adapters: tuple[Path, ...]
+
+    @classmethod
+    def of(cls, folder: Path, container: Container, source: Source) -> Files:
+        """Those of a finished bundle of this source."""
+        names = [entry.name for entry, _ in source.adapters] if source.mode == "separate" else []
+        suffix = Path(container.FILE).suffix
+        return cls(
+            folder / container.FILE,
+            tuple(folder / "adapters" / f"{name}{suffix}" for name in names),
+        )
+
+
+def pack(
+    job: Job, source: Source, quantized: QuantizedCheckpoint, folder: Path, progress: Progress
+) -> Files:
+    """Write the container and its adapters; read every code back."""
+    stage = f"packing {job.container.NAME}"
+    progress(stage, 0, 2)
+    (model,) = job.container.write(quantized, source.tokenizer, folder)
+    adapters = []
+    if source.mode == "separate" and source.adapters:
+        (folder / "adapters").mkdir()
+        for _, adapter in source.adapters:
+            written = job.container.write_adapter(adapter, source.decoder, folder / "adapters")
+            adapters.append(written)
+    progress(stage, 1, 2)
+    read_back = job.container.check(quantized, folder)
+    if read_back.weights_digest != quantized.weights_digest:
+        raise ValidationFailed(
+            f"{model.name} does not hold the codes that were quantized",
+            f"its digest is {read_back.weights_digest}, not {quantized.weights_digest}",
+            "export again; if it stays, report it with the model's config.json",
+        )
+    progress(stage, 2, 2)
+    return Files(model, tuple(adapters))
+
+
+def case_of(
+    job: Job, source: Source, quantized: QuantizedCheckpoint, texts: Texts, files: Files
+) -> Case:
+    separate = source.mode == "separate"
+    expected = oracle(source)
+    return Case(
+        file=files.model,
+        adapter=files.adapters[0] if files.adapters else None,
+        oracle=expected,
+        codes=Oracle(
+            quantized.folder,
+            adapter=expected.adapter if separate else None,
+            scale=expected.scale if separate else 1.0,
+            quantized=True,
+        ),
+        tokenizer=source.tokenizer,
+        texts=texts.judged,
+        kv_cache=job.target.kv_cache,
+        context=job.target.context_length,
+        prompt_lengths=job.target.prompt_lengths,
+        prompts=texts.prompts,
+    )
+
+
+def report_on(
+    job: Job,
+    recipe: Recipe,
+    source: Source,
+    quantized: QuantizedCheckpoint,
+    texts: Texts,
+    files: Files,
+    judgement: Judgement | None,
+    errors: Mapping[str, float],
+) -> dict[str, Any]:
+    """report.json; `errors` are relative RMSE by weight."""
+    sizes = footprint(
+        (files.model, *files.adapters),
+        [files.model],
+        quantized.plan.parameters,
+        _memory(job, quantized, judgement),
+        job.target.isa,
+    )
+    subject = report.Subject(
+        model={"name": source.name, "version": recipe.version},
+        target=job.target,
+        container=job.container.NAME,
+        runtime=RUNTIMES[job.container.NAME].version(),
+        weights_digest=quantized.weights_digest,
+        layers=report.layer_rows(quantized.plan, errors, {}),
+        footprint=sizes.to_json(),
+        limits=_limits(job, recipe),
+        adapters=[
+            {"name": entry.name, "kind": adapter.kind, "mode": source.mode, "recovery": None}
+            for entry, adapter in source.adapters
+        ],
+        texts=texts.origins,
+        samples=_samples(source, judgement),
+        inputs=assembly.inputs(source, quantized),
+        tools=assembly.tools(),
+        findings=limits.findings(job.target, files.model.parent, sizes.download_bytes),
+    )
+    return report.build(subject, judgement, codes_equal=True)
+
+
+def _memory(job: Job, quantized: QuantizedCheckpoint, judgement: Judgement | None) -> Memory:
+    """What the target will hold in memory; the weights' part is predicted for its processor."""
+    assert judgement is not None
+    return judgement.measurements.memory
+
+
+def _samples(source: Source, judgement: Judgement | None) -> list[dict[str, str]]:
+    """Greedy text of oracle and artifact side by side."""
+    if judgement is None:
+        return []
+    decode = source.tokenizer.decode
+    return [
+        {
+            "prompt": prompt,
+            "reference": decode(judgement.expected[prompt].tokens),
+            "artifact": decode(generation.tokens),
+        }
+        for prompt, generation in judgement.golden.items()
+    ]
+
+
+def _limits(job: Job, recipe: Recipe) -> dict[str, Limit]:
+    return budget.limits(job.target.budgets, recipe.budgets)
+
+
+def _manifest(
+    job: Job, recipe: Recipe, source: Source, quantized: QuantizedCheckpoint, found: dict[str, Any]
+) -> dict[str, Any]:
+    """Everything that `verify`, `check` and a device need to know, and nothing of this machine."""
+    build, reason = job.container.minimum_runtime(
+        source.decoder, source.tokenizer, source.mode == "separate"
+    )
+    return {
+        "name": source.name,
+        "version": recipe.version,
+        "target": job.target.name,
+        "profile": job.target.to_json(),
+        "container": job.container.NAME,
+        "validated": found["validated"],
+        "passed": found["passed"],
+        "executed": found["executed"],
+        "not_executed": found["not_executed"],
+        "weights_digest": quantized.weights_digest,
+        "float_digest": quantized.float_digest,
+        "digests": {name: record.digest for name, record in quantized.records.items()},
+        "plan": quantized.plan.to_json(),
+        "config": quantized.config,
+        "inputs": assembly.inputs(source, quantized),
+        "recipe": recipe.to_json(),
+        "tools": assembly.tools(),
+        "minimum_runtime": {"runtime": "llama.cpp", "build": build, "reason": reason},
+    }
