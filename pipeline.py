@@ -250,9 +250,9 @@ def check(folder: Path, target: str | None = None) -> list[Budget]:
 
     Raises:
         ValidationFailed: it was exported with --no-validate.
-        BadInput: the bundle or its report is not readable.
+        BadInput: the bundle is damaged.
     """
-    manifest = bundle.read_manifest(folder)
+    manifest = bundle.verify(folder)
     budget.require_validated(manifest)
     found = read_json(folder / "report" / "report.json")
     if target is not None:

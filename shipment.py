@@ -100,11 +100,8 @@ def build(
         assembly.copy_licenses(source, texts.files, folder)
         errors = quantized.errors
         found = report_on(job, recipe, source, quantized, texts, files, judgement, errors)
-        report.write(
-            folder / "report",
-            found,
-            report.measurements(judgement.measurements if judgement else None),
-        )
+        measured = report.measurements(judgement.measurements if judgement else None)
+        report.write(folder / "report", found, measured)
         assembly.write_readme(
             job.container, job.target, source, found, files.model, files.adapters, folder
         )
@@ -204,7 +201,9 @@ def report_on(
         container=job.container.NAME,
         runtime=RUNTIMES[job.container.NAME].version(),
         weights_digest=quantized.weights_digest,
-        layers=report.layer_rows(quantized.plan, errors, {}),
+        layers=report.layer_rows(
+            quantized.plan, errors, job.container.tensor_bytes(quantized.decoder, quantized.plan)
+        ),
         footprint=sizes.to_json(),
         limits=_limits(job, recipe),
         adapters=[

@@ -56,6 +56,9 @@ class Container(Protocol):
     ) -> dict[str, int]:
         """{file name: bytes} of what `write` would write, to the byte; `name` is the model's."""
 
+    def tensor_bytes(self, config: DecoderConfig, plan: Plan) -> dict[str, int]:
+        """{source name: bytes} that each weight takes in the file, padding left out."""
+
     def write(self, model: QuantizedCheckpoint, tokenizer: Tokenizer, folder: Path) -> list[Path]:
         """Write the files, tensor by tensor, fsynced; returns their paths."""
 

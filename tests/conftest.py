@@ -241,17 +241,17 @@ class Done:
 
 
 @pytest.fixture(scope="session")
-def slimport() -> Callable[..., Done]:
-    """slimport("export", ...) -> Done: the command line, in this process."""
+def run() -> Callable[..., Done]:
+    """run("export", ...) -> Done: the command line, in this process."""
 
-    def run(*arguments: object) -> Done:
+    def call(*arguments: object) -> Done:
         before = signal.getsignal(signal.SIGTERM)
         with redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as err:
             code = main([str(argument) for argument in arguments])
         signal.signal(signal.SIGTERM, before)
         return Done(code, out.getvalue(), err.getvalue())
 
-    return run
+    return call
 
 
 @contextmanager
@@ -318,11 +318,11 @@ def recipe_for() -> Callable[..., Path]:
 
 @pytest.fixture(scope="session")
 def finished(
-    tiny_llama: Path, slimport: Callable[..., Done], tmp_path_factory: pytest.TempPathFactory
+    tiny_llama: Path, run: Callable[..., Done], tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     """A validated bundle of the tiny Llama for the target pocket; copy it before changing it."""
     folder = tmp_path_factory.mktemp("finished")
     with _reference_at_hand():
-        done = slimport("export", "--config", write_recipe(folder, tiny_llama))
+        done = run("export", "--config", write_recipe(folder, tiny_llama))
     assert done.code == 0, done.err
     return folder / "dist" / "pocket"

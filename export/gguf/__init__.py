@@ -34,6 +34,7 @@ __all__ = [
     "readme",
     "refuse",
     "refuse_adapter",
+    "tensor_bytes",
     "write",
     "write_adapter",
 ]
@@ -51,6 +52,12 @@ def refuse(config: DecoderConfig, plan: Plan, tokenizer: Tokenizer) -> None:
 def predict(config: DecoderConfig, plan: Plan, tokenizer: Tokenizer, name: str) -> dict[str, int]:
     """{file name: bytes}, to the byte; `name` is the model's."""
     return {FILE: file_bytes(*_header(config, plan, tokenizer, name))}
+
+
+def tensor_bytes(config: DecoderConfig, plan: Plan) -> dict[str, int]:
+    """{source name: bytes of its blocks} of every weight."""
+    infos = layout.tensor_infos(config, plan)
+    return {c.weight.name: i.nbytes for c, i in zip(plan.choices, infos, strict=False)}
 
 
 def write(model: QuantizedCheckpoint, tokenizer: Tokenizer, folder: Path) -> list[Path]:

@@ -72,13 +72,19 @@ def _distinct(pieces: list[Piece]) -> list[Piece]:
 
 
 def _special_ids(tokenizer: Tokenizer, pieces: Sequence[Piece]) -> dict[str, Value]:
+    if tokenizer.bos_id is None and "bos_token" in (tokenizer.chat_template or ""):
+        raise Unsupported(
+            "the chat template writes bos_token, and the tokenizer has none",
+            "llama.cpp would write an ordinary token in its place",
+            "remove bos_token from chat_template.jinja, or name one in tokenizer_config.json",
+        )
     ends = _end_ids(tokenizer.eos_ids, pieces)
     ids = ends | {
         "bos": tokenizer.bos_id,
         "unknown": tokenizer.unk_id,
         "padding": tokenizer.pad_id,
     }
-    # Ids left out are llama.cpp's defaults: harmless, because it adds none of them by itself.
+    # llama.cpp has defaults for what is left out; nothing writes them by itself.
     return {f"{role}_token_id": index for role, index in ids.items() if index is not None}
 
 

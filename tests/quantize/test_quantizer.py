@@ -91,7 +91,7 @@ def test_restore_writes_the_same_weights(source, tmp_path):
     )
     assert again.weights_digest == model.weights_digest
     assert again.float_digest == model.float_digest
-    with pytest.raises(ValueError, match=tensors[1][0]):
+    with pytest.raises(ValueError, match="comes where the plan has"):
         restore(
             tensors[::-1],
             model.config,
@@ -223,8 +223,8 @@ def write_model(folder, layers):
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads RssAnon from /proc")
-@pytest.mark.parametrize("method", ["rtn", "gptq"])
-def test_twice_the_layers_the_same_memory(tmp_path_factory, tmp_path, method):
+@pytest.mark.parametrize("method", ["rtn", pytest.param("gptq", marks=pytest.mark.slow)])
+def test_twice_the_layers_the_same_memory(tmp_path, method):
     peaks = {}
     small = write_model(tmp_path / "1", 1)
     for layers in (16, 32):

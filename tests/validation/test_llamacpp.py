@@ -16,8 +16,8 @@ from slimport.validation import conformance
 from slimport.validation.runtime import Memory
 from slimport.validation.runtimes import (
     llamacpp,
+    llamacpp_api,
     llamacpp_memory,
-    llamacpp_worker,
     reference,
 )
 from slimport.validation.runtimes.reference import Oracle
@@ -193,7 +193,7 @@ def test_another_release_is_refused_before_a_child_starts(exported, monkeypatch,
 @pytest.mark.parametrize("field", ["n_batch", "yarn_ext_factor", "type_k", "n_samplers"])
 def test_other_structs_are_refused(field):
     """A field moved within the struct: defaults no longer stand where they should."""
-    lib = llamacpp_worker._library()
+    lib = llamacpp_api.library()
     moved = lib.llama_context_default_params()
     setattr(moved, field, 77)
 
@@ -204,5 +204,5 @@ def test_other_structs_are_refused(field):
             return moved
 
     with pytest.raises(DependencyMissing, match="other C structs") as caught:
-        llamacpp_worker._probe(Library())
+        llamacpp_api.probe(Library())
     assert "77" in caught.value.why

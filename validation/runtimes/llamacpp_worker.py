@@ -1,198 +1,36 @@
-"""llama.cpp's C API through ctypes: the child process behind `llamacpp`.
-
-Structs are those of `include/llama.h` in the release that `quantize.ggml` accepts; their known
-defaults are compared before any struct is passed back.
-"""
+"""The child process behind `llamacpp`: one job on one file."""
 
 from __future__ import annotations
 
-import ctypes
 import os
 import re
 import sys
 import time
 from collections.abc import Sequence
-from ctypes import POINTER, c_bool, c_float, c_int32, c_size_t, c_uint32, c_void_p
-from functools import cache
+from ctypes import c_float, c_int32, c_void_p
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ...errors import DependencyMissing, Unsupported, ValidationFailed
+from ...errors import Unsupported
 from ...quantize import ggml
 from ...quantize.grid import Float32
 from .. import worker
 from ..logits import writer
-
-
-class _ModelParams(ctypes.Structure):
-    _fields_ = (
-        ("devices", c_void_p),
-        ("tensor_buft_overrides", c_void_p),
-        ("n_gpu_layers", c_int32),
-        ("split_mode", c_int32),
-        ("load_mode", c_int32),
-        ("lazy_mode", c_int32),
-        ("main_gpu", c_int32),
-        ("tensor_split", c_void_p),
-        ("progress_callback", c_void_p),
-        ("progress_callback_user_data", c_void_p),
-        ("kv_overrides", c_void_p),
-        ("vocab_only", c_bool),
-        ("check_tensors", c_bool),
-        ("use_extra_bufts", c_bool),
-        ("no_host", c_bool),
-        ("no_alloc", c_bool),
-        ("load_mtp", c_bool),
-    )
-
-
-class _ContextParams(ctypes.Structure):
-    _fields_ = (
-        ("n_ctx", c_uint32),
-        ("n_batch", c_uint32),
-        ("n_ubatch", c_uint32),
-        ("n_seq_max", c_uint32),
-        ("n_rs_seq", c_uint32),
-        ("n_outputs_max", c_uint32),
-        ("n_outputs_max_per_seq", c_uint32),
-        ("n_threads", c_int32),
-        ("n_threads_batch", c_int32),
-        ("ctx_type", c_int32),
-        ("rope_scaling_type", c_int32),
-        ("pooling_type", c_int32),
-        ("attention_type", c_int32),
-        ("flash_attn_type", c_int32),
-        ("rope_freq_base", c_float),
-        ("rope_freq_scale", c_float),
-        ("yarn_ext_factor", c_float),
-        ("yarn_attn_factor", c_float),
-        ("yarn_beta_fast", c_float),
-        ("yarn_beta_slow", c_float),
-        ("yarn_orig_ctx", c_uint32),
-        ("defrag_thold", c_float),
-        ("cb_eval", c_void_p),
-        ("cb_eval_user_data", c_void_p),
-        ("type_k", c_int32),
-        ("type_v", c_int32),
-        ("moe_cache_size", c_size_t),
-        ("abort_callback", c_void_p),
-        ("abort_callback_data", c_void_p),
-        ("embeddings", c_bool),
-        ("offload_kqv", c_bool),
-        ("no_perf", c_bool),
-        ("op_offload", c_bool),
-        ("swa_full", c_bool),
-        ("kv_unified", c_bool),
-        ("samplers", c_void_p),
-        ("n_samplers", c_size_t),
-        ("ctx_other", c_void_p),
-    )
-
-
-class _Batch(ctypes.Structure):
-    _fields_ = (
-        ("n_tokens", c_int32),
-        ("token", POINTER(c_int32)),
-        ("embd", c_void_p),
-        ("pos", POINTER(c_int32)),
-        ("n_seq_id", POINTER(c_int32)),
-        ("seq_id", POINTER(POINTER(c_int32))),
-        ("logits", POINTER(ctypes.c_int8)),
-    )
-
-
-_Log = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, c_void_p)
-_log_lines: list[str] = []
-_error_lines: list[str] = []
-_LOG_LEVEL_ERROR = 4
-
-
-def _keep_log(level: int, text: bytes, _: int) -> None:
-    line = text.decode("utf-8", "replace")
-    (_error_lines if level == _LOG_LEVEL_ERROR else _log_lines).append(line)
-    sys.stderr.write(line)  # so that the parent sees the last lines of a crash
-    sys.stderr.flush()
-
-
-_callback = _Log(_keep_log)  # llama.cpp keeps the pointer: it must live as long as the process
-
-
-@cache
-def _library() -> ctypes.CDLL:
-    """llama.cpp with its argument types declared, logging to `_log_lines`, probed."""
-    lib = ggml.library()
-    pointer, text = c_void_p, ctypes.c_char_p
-    for name, result, *arguments in (
-        ("llama_model_default_params", _ModelParams),
-        ("llama_context_default_params", _ContextParams),
-        ("llama_log_set", None, _Log, pointer),
-        ("llama_backend_init", None),
-        ("llama_model_load_from_file", pointer, text, _ModelParams),
-        ("llama_init_from_model", pointer, pointer, _ContextParams),
-        ("llama_batch_init", _Batch, c_int32, c_int32, c_int32),
-        ("llama_decode", c_int32, pointer, _Batch),
-        ("llama_get_logits", POINTER(c_float), pointer),
-        ("llama_get_logits_ith", POINTER(c_float), pointer, c_int32),
-        ("llama_get_memory", pointer, pointer),
-        ("llama_memory_clear", None, pointer, c_bool),
-        ("llama_model_get_vocab", pointer, pointer),
-        ("llama_model_chat_template", text, pointer, text),
-        ("llama_vocab_n_tokens", c_int32, pointer),
-        ("llama_vocab_is_eog", c_bool, pointer, c_int32),
-        ("llama_vocab_bos", c_int32, pointer),
-        ("llama_vocab_get_add_bos", c_bool, pointer),
-        (
-            *("llama_tokenize", c_int32, pointer, text, c_int32),
-            *(POINTER(c_int32), c_int32, c_bool, c_bool),
-        ),
-        ("llama_adapter_lora_init", pointer, pointer, text),
-        (
-            *("llama_set_adapters_lora", c_int32, pointer, POINTER(pointer), c_size_t),
-            POINTER(c_float),
-        ),
-    ):
-        function = getattr(lib, name)
-        function.restype, function.argtypes = result, arguments
-    _probe(lib)
-    lib.llama_log_set(_callback, None)
-    lib.llama_backend_init()
-    return lib
-
-
-def _probe(lib: ctypes.CDLL) -> None:
-    """Compare defaults at the start, middle and end of both structs with what they must be."""
-    context, model = lib.llama_context_default_params(), lib.llama_model_default_params()
-    names = (
-        "n_batch",
-        "n_ubatch",
-        "yarn_ext_factor",
-        "type_k",
-        "type_v",
-        "n_samplers",
-        "ctx_other",
-    )
-    found = [getattr(context, name) for name in names]
-    flags = (model.vocab_only, model.check_tensors, model.use_extra_bufts, model.no_alloc)
-    if found != [2048, 512, -1.0, 1, 1, 0, None] or flags != (False, False, True, False):
-        raise DependencyMissing(
-            f"{ggml.DISTRIBUTION} {ggml.RELEASE} has other C structs than it should",
-            f"its default parameters read {found} and {flags}",
-            f"pip install --force-reinstall {ggml.DISTRIBUTION}=={ggml.RELEASE}",
-        )
+from .llamacpp_api import library, log_lines, refused
 
 
 class _Model:
     """A loaded file; the process ends after its one job, so nothing is freed."""
 
     def __init__(self, file: str, vocab_only: bool = False) -> None:
-        self.lib, self.name = _library(), Path(file).name
+        self.lib, self.name = library(), Path(file).name
         params = self.lib.llama_model_default_params()
         params.vocab_only = vocab_only
         self.model = self.lib.llama_model_load_from_file(os.fsencode(file), params)
         if not self.model:
-            raise _refused(f"llama.cpp does not load {self.name}")
+            raise refused(f"llama.cpp does not load {self.name}")
         self.vocab = self.lib.llama_model_get_vocab(self.model)
         self.vocab_size = int(self.lib.llama_vocab_n_tokens(self.vocab))
 
@@ -206,17 +44,17 @@ class _Model:
         params.flash_attn_type = 0 if kv_cache == "f32" else -1
         self.context = self.lib.llama_init_from_model(self.model, params)
         if not self.context:
-            raise _refused(f"llama.cpp cannot run {self.name} with {length} tokens of context")
+            raise refused(f"llama.cpp cannot run {self.name} with {length} tokens of context")
         self.batch = self.lib.llama_batch_init(batch, 0, 1)
         self.batch_size = batch
 
     def attach(self, adapter: str, scale: float) -> None:
         handle = self.lib.llama_adapter_lora_init(self.model, os.fsencode(adapter))
         if not handle:
-            raise _refused(f"llama.cpp does not load the adapter {Path(adapter).name}")
+            raise refused(f"llama.cpp does not load the adapter {Path(adapter).name}")
         handles, scales = (c_void_p * 1)(handle), (c_float * 1)(scale)
         if self.lib.llama_set_adapters_lora(self.context, handles, 1, scales):
-            raise _refused(f"llama.cpp does not apply the adapter {Path(adapter).name}")
+            raise refused(f"llama.cpp does not apply the adapter {Path(adapter).name}")
 
     def clear(self) -> None:
         self.lib.llama_memory_clear(self.lib.llama_get_memory(self.context), True)
@@ -231,7 +69,7 @@ class _Model:
             batch.logits[index] = all_logits or index == len(tokens) - 1
         status = self.lib.llama_decode(self.context, batch)
         if status:
-            raise _refused(f"llama.cpp cannot decode {len(tokens)} tokens (status {status})")
+            raise refused(f"llama.cpp cannot decode {len(tokens)} tokens (status {status})")
 
     def prompt(self, tokens: Sequence[int]) -> None:
         """Feed a whole prompt from position 0."""
@@ -258,7 +96,7 @@ class _Model:
         ids = (c_int32 * (len(raw) + 8))()
         count = self.lib.llama_tokenize(self.vocab, raw, len(raw), ids, len(ids), False, True)
         if count < 0:
-            raise _refused(f"llama.cpp does not tokenize {text!r} (status {count})")
+            raise refused(f"llama.cpp does not tokenize {text!r} (status {count})")
         return list(ids[:count])
 
 
@@ -270,12 +108,6 @@ def _cache_type(name: str) -> int:
             "choose f16, q8_0 or f32",
         )
     return ggml.Type[name.upper()]
-
-
-def _refused(what: str) -> ValidationFailed:
-    lines = "".join(_error_lines or _log_lines).strip().splitlines()
-    last = "; ".join(line.strip() for line in lines[-3:]) or "nothing"
-    return ValidationFailed(what, f"its log says: {last}", "export the file again from the model")
 
 
 def _logits(
@@ -358,7 +190,7 @@ def _measure(
     kv_cache: str,
     threads: int,
 ) -> dict[str, Any]:
-    _library()
+    library()
     anon, mapped = _rss()
     model = _Model(file)
     model.open(context, min(context, 512), kv_cache, threads)
@@ -371,7 +203,7 @@ def _measure(
     anon_now, mapped_now = _rss()
     return {
         "speed": speed,
-        "buffers": _buffers("".join(_log_lines)),
+        "buffers": _buffers("".join(log_lines)),
         "rss_anon": None if anon is None or anon_now is None else anon_now - anon,
         "rss_file": None if mapped is None or mapped_now is None else mapped_now - mapped,
     }

@@ -132,6 +132,14 @@ def test_a_model_without_an_end_is_refused(tokenizer: Tokenizer) -> None:
         vocabulary_metadata(replace(tokenizer, eos_ids=()), 416)
 
 
+def test_a_template_with_a_bos_token_needs_one(tokenizer: Tokenizer) -> None:
+    without = replace(tokenizer, bos_id=None, adds_bos=False)
+    with pytest.raises(Unsupported, match="bos_token"):
+        vocabulary_metadata(without, 416)
+    values = vocabulary_metadata(replace(without, chat_template=None), 416)
+    assert "tokenizer.ggml.bos_token_id" not in values
+
+
 def test_more_pieces_than_embeddings_are_refused(tokenizer: Tokenizer) -> None:
     with pytest.raises(BadInput, match="399"):
         vocabulary_metadata(tokenizer, 399)
