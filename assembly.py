@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import platform
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,24 @@ from .targets.target import Target
 
 TOOLS = ("slimport", "torch", "transformers", "peft", "numpy", "numba", "gguf", "xllamacpp")
 SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+
+
+@dataclass(frozen=True, slots=True)
+class Files:
+    """What goes onto the device."""
+
+    model: Path
+    adapters: tuple[Path, ...]
+
+    @classmethod
+    def of(cls, folder: Path, container: Container, source: Source) -> Files:
+        """Those of a finished bundle of this source."""
+        names = [entry.name for entry, _ in source.adapters] if source.mode == "separate" else []
+        suffix = Path(container.FILE).suffix
+        return cls(
+            folder / container.FILE,
+            tuple(folder / "adapters" / f"{name}{suffix}" for name in names),
+        )
 
 
 def copy_licenses(source: Source, texts: list[Path], folder: Path) -> list[str]:
@@ -99,31 +118,43 @@ def write_readme(
     container: Container,
     target: Target,
     source: Source,
-    report: Mapping[str, Any],
-    model: Path,
-    adapters: Sequence[Path],
+    report: Mapping[str, Any] | None,
+    files: Files,
     folder: Path,
 ) -> None:
-    """README.md: how to load this bundle on the device, with code."""
-    footprint = report["footprint"]
-    build, reason = container.minimum_runtime(source.decoder, source.tokenizer, bool(adapters))
+    """README.md: how to load this bundle on the device, with code; `report` None: not judged."""
+    separate = bool(files.adapters)
+    build, reason = container.minimum_runtime(source.decoder, source.tokenizer, separate)
     settings = sampling(source)
     fields = {
         "name": source.name,
         "target": target.title,
-        "model": model.name,
-        "size": format_size(footprint["model_bytes"]),
+        "model": files.model.name,
+        "size": format_size(files.model.stat().st_size),
         "minimum_build": build,
         "minimum_reason": reason,
-        "runtime": report["runtime"],
-        "memory": format_size(footprint["memory_bytes"]),
-        "mapped": format_size(footprint["memory"]["mapped"]),
-        "context": str(footprint["context_length"]),
+        "judged": judged(report),
+        "context": str(target.context_length),
         "sampling": ", ".join(f"{key} {value}" for key, value in settings.items()) or "none",
         "stops": ", ".join(repr(stop) for stop in stops(source)),
     }
-    names = [path.relative_to(folder).as_posix() for path in adapters]
+    names = [path.relative_to(folder).as_posix() for path in files.adapters]
     (folder / "README.md").write_text(container.readme(fields, names), encoding="utf-8")
+
+
+def judged(report: Mapping[str, Any] | None) -> str:
+    """What is known of accuracy and memory, in a few sentences."""
+    if report is None:
+        return "It was not judged (--no-validate): accuracy and memory are not known."
+    footprint, accuracy = report["footprint"], report["accuracy"]["held_out"]
+    total, mapped = footprint["memory_bytes"], footprint["memory"]["mapped"]
+    return (
+        f"Judged with {report['runtime']}: mean KL {accuracy['kl_mean']:.4g} nats and top-1"
+        f" agreement {accuracy['top1']:.1%} with full precision on held-out text. It wants"
+        f" {format_size(total)} of memory at a context of {footprint['context_length']} tokens:"
+        f" {format_size(mapped)} of it is the mapped file, which Android may drop and read again;"
+        " the rest is anonymous."
+    )
 
 
 def stops(source: Source) -> list[str]:

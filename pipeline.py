@@ -12,6 +12,7 @@ from typing import Any
 
 from . import bundle, shipment
 from .architectures import DecoderConfig, decoder_config
+from .assembly import Files
 from .checkpoint import read_json
 from .errors import BadInput, SlimportError, Unsupported, ValidationFailed, worst
 from .export.container import Container
@@ -21,7 +22,7 @@ from .quantize.store import Origin, QuantizedCheckpoint
 from .quantize.tensor import QuantizedTensor, weights_digest
 from .quantize.windows import Windows
 from .recipe import Recipe
-from .shipment import CONTAINERS, RUNTIMES, Files, Job, plan_jobs
+from .shipment import CONTAINERS, RUNTIMES, Job, plan_jobs
 from .source import Source, open_source, plan_of
 from .targets.target import Limit, Target, load_target
 from .texts import read_texts

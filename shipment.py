@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from . import assembly, bundle
+from .assembly import Files
 from .errors import Unsupported, UsageError, ValidationFailed
 from .export import gguf
 from .export.container import Container
@@ -21,7 +22,7 @@ from .texts import Texts, oracle
 from .validation import budget, report
 from .validation.footprint import footprint
 from .validation.judge import Case, Judgement, golden_json, judge
-from .validation.runtime import Memory, Runtime
+from .validation.runtime import Runtime
 from .validation.runtimes import llamacpp
 from .validation.runtimes.reference import Oracle
 
@@ -90,42 +91,21 @@ def build(
     """One bundle, from packing to the swap; a broken budget leaves it at NAME.failed."""
     with bundle.building(job.destination) as folder:
         files = pack(job, source, quantized, folder, progress)
-        judgement = None
-        golden = None
-        if texts.judged:
-            case = case_of(job, source, quantized, texts, files)
-            judgement = judge(case, RUNTIMES[job.container.NAME], work, progress)
-            golden = golden_json(judgement, case)
-        assembly.write_tokenizer_notes(source, golden, folder)
         assembly.copy_licenses(source, texts.files, folder)
-        errors = quantized.errors
-        found = report_on(job, recipe, source, quantized, texts, files, judgement, errors)
-        measured = report.measurements(judgement.measurements if judgement else None)
-        report.write(folder / "report", found, measured)
-        assembly.write_readme(
-            job.container, job.target, source, found, files.model, files.adapters, folder
-        )
+        if not texts.judged:
+            assembly.write_tokenizer_notes(source, None, folder)
+            assembly.write_readme(job.container, job.target, source, None, files, folder)
+            bundle.write_manifest(folder, _manifest(job, recipe, source, quantized, None))
+            return
+        case = case_of(job, source, quantized, texts, files)
+        judgement = judge(case, RUNTIMES[job.container.NAME], work, progress)
+        found = report_on(job, recipe, source, quantized, texts, files, judgement, quantized.errors)
+        assembly.write_tokenizer_notes(source, golden_json(judgement, case), folder)
+        assembly.write_readme(job.container, job.target, source, found, files, folder)
+        report.write(folder / "report", found, report.measurements(judgement.measurements))
         bundle.write_manifest(folder, _manifest(job, recipe, source, quantized, found))
-        if judgement and (failure := budget.failure(budget.check(found, _limits(job, recipe)))):
+        if failure := budget.failure(budget.check(found, _limits(job, recipe))):
             raise failure
-
-
-@dataclass(frozen=True, slots=True)
-class Files:
-    """What goes onto the device."""
-
-    model: Path
-    adapters: tuple[Path, ...]
-
-    @classmethod
-    def of(cls, folder: Path, container: Container, source: Source) -> Files:
-        """Those of a finished bundle of this source."""
-        names = [entry.name for entry, _ in source.adapters] if source.mode == "separate" else []
-        suffix = Path(container.FILE).suffix
-        return cls(
-            folder / container.FILE,
-            tuple(folder / "adapters" / f"{name}{suffix}" for name in names),
-        )
 
 
 def pack(
@@ -184,22 +164,23 @@ def report_on(
     quantized: QuantizedCheckpoint,
     texts: Texts,
     files: Files,
-    judgement: Judgement | None,
+    judgement: Judgement,
     errors: Mapping[str, float],
 ) -> dict[str, Any]:
     """report.json; `errors` are relative RMSE by weight."""
+    runtime = RUNTIMES[job.container.NAME]
     sizes = footprint(
         (files.model, *files.adapters),
         [files.model],
         quantized.plan.parameters,
-        _memory(job, quantized, judgement),
+        runtime.memory_on(files.model, job.target.isa, judgement.measurements.memory),
         job.target.isa,
     )
     subject = report.Subject(
         model={"name": source.name, "version": recipe.version},
         target=job.target,
         container=job.container.NAME,
-        runtime=RUNTIMES[job.container.NAME].version(),
+        runtime=runtime.version(),
         weights_digest=quantized.weights_digest,
         layers=report.layer_rows(
             quantized.plan, errors, job.container.tensor_bytes(quantized.decoder, quantized.plan)
@@ -219,16 +200,8 @@ def report_on(
     return report.build(subject, judgement, codes_equal=True)
 
 
-def _memory(job: Job, quantized: QuantizedCheckpoint, judgement: Judgement | None) -> Memory:
-    """What the target will hold in memory; the weights' part is predicted for its processor."""
-    assert judgement is not None
-    return judgement.measurements.memory
-
-
-def _samples(source: Source, judgement: Judgement | None) -> list[dict[str, str]]:
+def _samples(source: Source, judgement: Judgement) -> list[dict[str, str]]:
     """Greedy text of oracle and artifact side by side."""
-    if judgement is None:
-        return []
     decode = source.tokenizer.decode
     return [
         {
@@ -245,9 +218,16 @@ def _limits(job: Job, recipe: Recipe) -> dict[str, Limit]:
 
 
 def _manifest(
-    job: Job, recipe: Recipe, source: Source, quantized: QuantizedCheckpoint, found: dict[str, Any]
+    job: Job,
+    recipe: Recipe,
+    source: Source,
+    quantized: QuantizedCheckpoint,
+    found: dict[str, Any] | None,
 ) -> dict[str, Any]:
-    """Everything that `verify`, `check` and a device need to know, and nothing of this machine."""
+    """Everything that `verify`, `check` and a device need to know, and nothing of this machine.
+
+    `found` is the report; None: nothing was judged.
+    """
     build, reason = job.container.minimum_runtime(
         source.decoder, source.tokenizer, source.mode == "separate"
     )
@@ -257,10 +237,10 @@ def _manifest(
         "target": job.target.name,
         "profile": job.target.to_json(),
         "container": job.container.NAME,
-        "validated": found["validated"],
-        "passed": found["passed"],
-        "executed": found["executed"],
-        "not_executed": found["not_executed"],
+        "validated": found is not None,
+        "passed": found["passed"] if found else False,
+        "executed": found["executed"] if found else [],
+        "not_executed": found["not_executed"] if found else [report.not_executed(job.target)],
         "weights_digest": quantized.weights_digest,
         "float_digest": quantized.float_digest,
         "digests": {name: record.digest for name, record in quantized.records.items()},

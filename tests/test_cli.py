@@ -209,16 +209,15 @@ def test_a_signal_leaves_the_old_bundle_and_nothing_else(
     many = {"SLIMPORT_METHOD": "gptq", "SLIMPORT_CALIBRATION_WINDOWS": "9999"}
     if stage != "quantize":
         many = {"SLIMPORT_WINDOWS": "1500"}
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | many
-    )
-    assert process.stderr is not None
     lines = []
-    for line in process.stderr:
-        lines.append(line.strip())
-        if line.strip() == stage:
-            process.send_signal(number)
-    process.wait()
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | many
+    ) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            lines.append(line.strip())
+            if lines[-1] == stage:
+                process.send_signal(number)
     assert process.returncode == code, lines
     assert not any("error" in line.lower() for line in lines), lines  # it was asked to stop
     assert (app / "dist/pocket/manifest.json").read_bytes() == before

@@ -65,8 +65,8 @@ class Subject:
     findings: Sequence[Finding] = ()
 
 
-def build(subject: Subject, judgement: Judgement | None, codes_equal: bool) -> dict[str, Any]:
-    """The report; `judgement` None: exported with --no-validate, so it cannot have passed."""
+def build(subject: Subject, judgement: Judgement, codes_equal: bool) -> dict[str, Any]:
+    """report.json; `codes_equal`: whether the file was read back to the very codes."""
     weights = sum(row["weights"] for row in subject.layers)
     memory = subject.footprint["memory"]
     report: dict[str, Any] = {
@@ -76,7 +76,6 @@ def build(subject: Subject, judgement: Judgement | None, codes_equal: bool) -> d
         "container": subject.container,
         "runtime": subject.runtime,
         "weights_digest": subject.weights_digest,
-        "validated": judgement is not None,
         "footprint": {
             **subject.footprint,
             "bits_per_weight": 8 * sum(row["bytes"] for row in subject.layers) / weights,
@@ -95,7 +94,8 @@ def build(subject: Subject, judgement: Judgement | None, codes_equal: bool) -> d
         "findings": [asdict(finding) for finding in subject.findings],
         "inputs": dict(subject.inputs),
         "tools": dict(subject.tools),
-        **_executed(subject, judgement is not None),
+        "executed": [f"the shipped file in {subject.runtime} on {platform.machine()}"],
+        "not_executed": [not_executed(subject.target)],
     }
     budgets = budget.check(report, subject.limits)
     report["budgets"] = [one.to_json() for one in budgets]
@@ -104,14 +104,11 @@ def build(subject: Subject, judgement: Judgement | None, codes_equal: bool) -> d
 
 
 def passed(report: Mapping[str, Any]) -> bool:
-    """Whether it was judged and every check holds."""
+    """Whether every check holds."""
     return all(ok for _, ok, _ in summary.checks(report))
 
 
-def _judged(judgement: Judgement | None, codes_equal: bool) -> dict[str, Any]:
-    file = {"codes_equal": codes_equal}
-    if judgement is None:
-        return {"accuracy": {}, "errors": {"file": file}, "tokenizer": {}}
+def _judged(judgement: Judgement, codes_equal: bool) -> dict[str, Any]:
     accuracy = {name: found.to_json() for name, found in judgement.accuracy.items()}
     for table in accuracy.values():
         table["ppl_ratio"] = budget.ratio(table)
@@ -119,20 +116,16 @@ def _judged(judgement: Judgement | None, codes_equal: bool) -> dict[str, Any]:
         "accuracy": accuracy,
         "errors": {
             "quantization": {"kl_mean": judgement.quantization.kl_mean},
-            "file": file,
+            "file": {"codes_equal": codes_equal},
             "runtime": {"kl_mean": judgement.runtime.kl_mean},
         },
         "tokenizer": judgement.conformance.to_json(),
     }
 
 
-def _executed(subject: Subject, validated: bool) -> dict[str, list[str]]:
-    """In words, what ran here and what did not."""
-    here = f"{subject.runtime} on {platform.machine()}"
-    phone = f"{subject.target.title}: no phone hardware was used; its memory is predicted, not run"
-    if validated:
-        return {"executed": [f"the shipped file in {here}"], "not_executed": [phone]}
-    return {"executed": [], "not_executed": [f"the shipped file in {here}", phone]}
+def not_executed(target: Target) -> str:
+    """In words, what no report from this machine can vouch for."""
+    return f"{target.title}: no phone hardware was used; its memory is predicted, not run"
 
 
 def layer_rows(
@@ -194,16 +187,16 @@ def size_by_group(layers: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return sorted(groups.values(), key=lambda group: (-group["bytes"], group["group"]))
 
 
-def measurements(measured: Measurements | None) -> dict[str, Any]:
+def measurements(measured: Measurements) -> dict[str, Any]:
     """measurements.json: what belongs to this machine and this moment; no host name."""
     return {
         "schema": MEASUREMENTS_SCHEMA,
         "machine": machine(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "speed": [speed.to_json() for speed in measured.speed] if measured else [],
-        "memory": measured.memory.to_json() if measured else None,
-        "rss_anon": measured.rss_anon if measured else None,
-        "rss_file": measured.rss_file if measured else None,
+        "speed": [speed.to_json() for speed in measured.speed],
+        "memory": measured.memory.to_json(),
+        "rss_anon": measured.rss_anon,
+        "rss_file": measured.rss_file,
     }
 
 

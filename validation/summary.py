@@ -17,19 +17,13 @@ def checks(report: Mapping[str, Any]) -> list[Check]:
     equal = report["errors"]["file"]["codes_equal"]
     found = [
         (
-            "validated",
-            report["validated"],
-            "judged in its runtime" if report["validated"] else "exported with --no-validate",
-        ),
-        (
             "file holds the codes",
             equal,
             "read back bit for bit" if equal else "the file's codes differ from the checkpoint's",
         ),
     ]
-    if tokenizer:
-        words = f"{tokenizer['checked']} texts compared with the source tokenizer"
-        found.append(("tokenizer conforms", tokenizer["conforms"], words))
+    words = f"{tokenizer['checked']} texts compared with the source tokenizer"
+    found.append(("tokenizer conforms", tokenizer["conforms"], words))
     found += [(f"budget {one['metric']}", one["ok"], one["message"]) for one in report["budgets"]]
     refused = [one["message"] for one in report["findings"] if one["level"] == "refused"]
     return found + [("platform accepts it", False, words) for words in refused]

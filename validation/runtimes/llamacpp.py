@@ -114,8 +114,8 @@ def measure(
 ) -> Measurements:
     """Time prompts of random tokens and read memory, with a context of `context` tokens.
 
-    Prompt lengths that leave no room for `generated` tokens (at least 2) are left out. Memory is
-    what llama.cpp logs, to 0.01 MiB.
+    After each prompt `generated` tokens are timed, or as many as still fit; a prompt that leaves no
+    room for 2 is left out. Memory is what llama.cpp logs, to 0.01 MiB.
 
     Raises:
         ValidationFailed: llama.cpp refuses the file, crashes, or logs no buffer sizes.

@@ -196,9 +196,10 @@ def _measure(
     model.open(context, min(context, 512), kv_cache, threads)
     tokens = np.random.default_rng(0).integers(model.vocab_size, size=context).tolist()
     model.prompt(tokens[: min(32, context)])  # the first decode reads the file: not timed
-    fitting = [length for length in prompt_lengths if length + generated <= context]
+    fitting = [length for length in prompt_lengths if length + 2 <= context]
     speed = [
-        _time(model, tokens[:length], generated) for length in worker.counted(fitting, len(fitting))
+        _time(model, tokens[:length], min(generated, context - length))
+        for length in worker.counted(fitting, len(fitting))
     ]
     anon_now, mapped_now = _rss()
     return {
