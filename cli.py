@@ -15,7 +15,7 @@ from typing import Any, NoReturn, TypeVar
 import click
 
 from . import console
-from .errors import SlimportError, UsageError
+from .errors import EnvironmentFailed, SlimportError, UsageError
 from .recipe import Recipe, from_environment, load, parse_adapter, template
 from .settings import format_size
 
@@ -133,6 +133,10 @@ def init(output: str, model: str | None, as_json: bool, quiet: bool, debug: bool
         raise UsageError(
             f"{output} exists", "init never overwrites", "edit it, or give another --output"
         ) from None
+    except OSError as error:
+        raise EnvironmentFailed(
+            f"{output} cannot be written", str(error.strerror), "give another --output"
+        ) from error
     if as_json:
         _print_json({"schema": "slimport.init/1", "written": output})
     else:
@@ -318,18 +322,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     signal.signal(signal.SIGTERM, _terminated)
     try:
-        result = cli.main(words, prog_name="slimport", standalone_mode=False)
-        sys.stdout.flush()
-        return result if isinstance(result, int) else 0
+        code = _call(words)
+        sys.stdout.flush()  # a pipe that is closed is known here at the latest
+        return code
     except SlimportError as error:
         if "--debug" in words:
             traceback.print_exc()
         console.show_error(error)
         return error.exit_code
+    except click.exceptions.NoArgsIsHelpError as error:
+        print(error.format_message(), file=sys.stderr)
+        return 2
     except click.ClickException as error:
-        context = getattr(error, "ctx", None)
-        path = context.command_path if context else "slimport"
-        console.show_error(UsageError(error.format_message(), "usage", f"run `{path} --help`"))
+        context = getattr(error, "ctx", None) or click.Context(cli, info_name="slimport")
+        cure = f"run `{context.command_path} --help`"
+        console.show_error(UsageError(error.format_message(), context.get_usage(), cure))
         return 2
     except (KeyboardInterrupt, click.exceptions.Abort):
         return 130
@@ -347,6 +354,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
         )
         return 1
+
+
+def _call(words: list[str]) -> int:
+    """Parse and run; click's own `main` would turn a closed pipe into exit code 1."""
+    try:
+        with cli.make_context("slimport", words) as context:
+            result = cli.invoke(context)
+    except click.exceptions.Exit as done:  # --help, --version
+        return done.exit_code
+    return result if isinstance(result, int) else 0
 
 
 def _terminated(signum: int, frame: FrameType | None) -> NoReturn:

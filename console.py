@@ -66,20 +66,24 @@ def _bars() -> Iterator[Progress]:
         yield report
 
 
-def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table on stdout; the first column is left-aligned, the others right-aligned."""
+def table(
+    title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, words: bool = False
+) -> None:
+    """Print a table on stdout; columns after the first hold figures, or else `words`."""
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
 
     drawn = Table(title=title or None, box=SIMPLE_HEAD, title_justify="left", title_style="bold")
     for index, column in enumerate(columns):
-        drawn.add_column(column, justify="right" if index else "left", overflow="fold")
+        drawn.add_column(column, justify="right" if index and not words else "left", overflow="fold")
     for row in rows:
         drawn.add_row(*row)
     # Not a terminal: wide enough that nothing is folded or cut.
     console = Console(markup=False, highlight=False, width=None if sys.stdout.isatty() else 160)
-    console.print(drawn)
+    with console.capture() as text:  # rich would end the process itself at a closed pipe
+        console.print(drawn)
+    print(text.get(), end="")
 
 
 def show_error(error: SlimportError) -> None:

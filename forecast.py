@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .architectures import Kind
+from .export.container import Container
 from .inspection import grid_summary
 from .quantize.plan import Plan
 from .recipe import Recipe
@@ -71,7 +72,7 @@ def forecast(recipe: Recipe, *, offline: bool = False, pre: str | None = None) -
         JobForecast(
             job.target.name,
             job.container.NAME,
-            job.container.predict(source.decoder, plan, source.tokenizer, source.name),
+            _files(job.container, source, plan),
         )
         for job in plan_jobs(recipe, source, plan)
     ]
@@ -90,6 +91,15 @@ def forecast(recipe: Recipe, *, offline: bool = False, pre: str | None = None) -
         free_disk=_free(recipe.output),
         seconds=_seconds(recipe, plan, source),
     )
+
+
+def _files(container: Container, source: Source, plan: Plan) -> dict[str, int]:
+    files = container.predict(source.decoder, plan, source.tokenizer, source.name)
+    if source.mode == "separate":
+        for _, adapter in source.adapters:
+            predicted = container.predict_adapter(adapter, source.decoder)
+            files |= {f"adapters/{name}": size for name, size in predicted.items()}
+    return files
 
 
 def _memory(plan: Plan) -> int:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from . import bundle
+from .architectures import decoder_config
 from .errors import DependencyMissing
 from .export.gguf import reader
 from .quantize import ggml
@@ -20,6 +21,7 @@ from .recipe import Recipe
 from .source import open_source, plan_of
 
 _LIBRARIES = ("torch", "transformers", "peft", "safetensors", "tokenizers", "numba", "gguf", "rich")
+_LONG = ("config", "digests", "errors")  # of a manifest: one line per weight
 
 
 def inspect(recipe: Recipe, *, offline: bool = False) -> dict[str, Any]:
@@ -32,10 +34,20 @@ def inspect(recipe: Recipe, *, offline: bool = False) -> dict[str, Any]:
     if path and path.suffix == ".gguf":
         return _gguf(path)
     if path and (path / bundle.MANIFEST).is_file():
-        manifest = bundle.read_manifest(path)
-        shown = {key: value for key, value in manifest.items() if key not in ("weights", "config")}
-        return {"schema": "slimport.inspect/1", "kind": "bundle", **shown}
+        return _bundle(path)
     return _model(recipe, offline)
+
+
+def _bundle(folder: Path) -> dict[str, Any]:
+    manifest = bundle.read_manifest(folder)
+    plan = Plan.from_json(manifest["plan"], decoder_config(manifest["config"]))
+    shown = {key: value for key, value in manifest.items() if key not in _LONG}
+    return {
+        **shown,
+        "schema": "slimport.inspect/1",
+        "kind": "bundle",
+        "plan": plan.to_json() | {"summary": grid_summary(plan)},
+    }
 
 
 def _model(recipe: Recipe, offline: bool) -> dict[str, Any]:

@@ -158,7 +158,7 @@ def validate(
         files = Files.of(folder, container, source)
         case = shipment.case_of(job, source, quantized, texts, files)
         judged = judge(case, RUNTIMES[container.NAME], work, progress)
-    errors = {row["name"]: row["relative_rmse"] for row in report_of(folder)["layers"]}
+    errors = manifest["errors"]
     found = shipment.report_on(job, recipe, source, quantized, texts, files, judged, errors)
     return report.joined(found, report.measurements(judged.measurements))
 
@@ -263,8 +263,10 @@ def check(folder: Path, target: str | None = None) -> list[Budget]:
 
 
 def report_of(folder: Path) -> dict[str, Any]:
-    """The joined report and measurements of a bundle."""
+    """The joined report and measurements of a bundle; the manifest of one that was not judged."""
     parts = folder / "report"
+    if not parts.is_dir():
+        return bundle.read_manifest(folder)
     return report.joined(read_json(parts / "report.json"), read_json(parts / "measurements.json"))
 
 

@@ -244,6 +244,7 @@ def _manifest(
         "weights_digest": quantized.weights_digest,
         "float_digest": quantized.float_digest,
         "digests": {name: record.digest for name, record in quantized.records.items()},
+        "errors": dict(quantized.errors),
         "plan": quantized.plan.to_json(),
         "config": quantized.config,
         "inputs": assembly.inputs(source, quantized),

@@ -116,6 +116,8 @@ def forecast(found: Forecast) -> None:
             ["time on this machine, about", f"{found.seconds:.0f} s"],
         ],
     )
+    if found.disk > found.free_disk:
+        print("Not enough free disk: free some, or give another --output.")
     for name, reason in found.floats.items():
         print(f"{name}: {reason}")
 
@@ -140,7 +142,7 @@ def inspection(found: Mapping[str, Any]) -> None:
     ]
     for part in ("decoder", "metadata"):
         rows += [[f"{part}.{key}", _short(value)] for key, value in found.get(part, {}).items()]
-    table("", ["", ""], rows)
+    table("", ["", ""], rows, words=True)
     if "plan" in found:
         grids(found["plan"]["summary"])
 
@@ -169,4 +171,4 @@ def targets(profiles: Sequence[Target]) -> None:
 
 def doctor(rows: Rows) -> None:
     shown = [[r["name"], "ok" if r["ok"] else "MISSING", r["found"], r["cure"]] for r in rows]
-    table("", ["", "", "found", "cure"], shown)
+    table("", ["", "", "found", "cure"], shown, words=True)

@@ -144,7 +144,7 @@ def make_plan(
             raise UsageError(
                 f"pattern {pattern!r} matches no matrix of this model",
                 f"patterns are compared with whole names such as {every[0].name}",
-                "correct the pattern; `slimport plan` lists every name",
+                "correct the pattern; `slimport inspect --json` lists every name",
             )
     return Plan(preset, tuple(_choose(w, preset, chosen, method, grids) for w in every))
 

@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+# Before torch and llama.cpp start their threads: spinning ones slow down tests that run side by side.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
 import torch

@@ -67,8 +67,9 @@ def _agree_with_ggml(
         part = slice(start, start + step)
         by_ggml = dequantize_rows(stored.type, stored.rows[part], columns)
         if isinstance(found, QuantizedTensor):
-            ours = np.empty_like(by_ggml)
-            _dequantize(found.codes, found.scale, rows[part], ours)
+            if _agrees(found.codes, found.scale, rows[part], by_ggml):
+                continue
+            ours = found.dequantize()[rows[part]]
         else:
             ours = (found[rows[part]] if found.ndim == 2 else found[rows]).reshape(by_ggml.shape)
         if not np.array_equal(ours, by_ggml):
@@ -76,16 +77,20 @@ def _agree_with_ggml(
 
 
 @compiled
-def _dequantize(codes: Int8, scale: Float32, rows: npt.NDArray[np.int64], values: Float32) -> None:
-    """Code times scale of some rows."""
+def _agrees(codes: Int8, scale: Float32, rows: npt.NDArray[np.int64], values: Float32) -> bool:
+    """Whether code times scale of some rows are `values`."""
     group = codes.shape[1] // scale.shape[1]
     for i in range(rows.size):
         for g in range(scale.shape[1]):
             factor = scale[rows[i], g]
             source = codes[rows[i], g * group : (g + 1) * group]
             target = values[i, g * group : (g + 1) * group]
+            different = False
             for j in range(group):
-                target[j] = np.float32(source[j]) * factor
+                different |= np.float32(source[j]) * factor != target[j]
+            if different:
+                return False
+    return True
 
 
 def _difference(

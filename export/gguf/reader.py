@@ -26,6 +26,8 @@ from ...quantize.grid import GRIDS, Float32, Grid, Int8
 from ...quantize.tensor import QuantizedTensor
 
 UInt8 = npt.NDArray[np.uint8]
+UInt16 = npt.NDArray[np.uint16]
+UInt64 = npt.NDArray[np.uint64]
 
 # (weights, bytes) of a block
 _BLOCKS = {Type.F32: (1, 4), Type.F16: (1, 2), Type.Q4_0: (32, 18), Type.Q8_0: (32, 34)}
@@ -152,7 +154,10 @@ def unpack_rows(
     """
     codes = np.empty(stored.shape, np.int8)
     scale = np.empty((stored.shape[0], stored.shape[1] // 32), np.float32)
-    (_unpack_nibbles if stored.type == Type.Q4_0 else _unpack_bytes)(stored.rows, source, codes)
+    if stored.type == Type.Q4_0:
+        _unpack_nibbles(stored.rows.view("<u2"), source, codes.view("<u8"))
+    else:
+        _unpack_bytes(stored.rows.view("<u2"), source, codes.view("<u2"))
     scale[source] = _scales(stored)
     return QuantizedTensor(grid, codes, scale if grid.group else _collapse(path, stored, scale))
 
@@ -174,9 +179,9 @@ def source_rows(weight: Weight, config: DecoderConfig) -> npt.NDArray[np.int64]:
 
 
 def _scales(stored: Stored) -> Float32:
-    block = _BLOCKS[stored.type][1]
-    blocks = stored.rows.reshape(stored.shape[0], -1, block)
-    return np.ascontiguousarray(blocks[:, :, :2]).view("<f2")[:, :, 0].astype(np.float32)
+    words = _BLOCKS[stored.type][1] // 2
+    blocks = stored.rows.view("<u2").reshape(stored.shape[0], -1, words)
+    return np.ascontiguousarray(blocks[:, :, 0]).view("<f2").astype(np.float32)
 
 
 def _collapse(path: Path, stored: Stored, scale: Float32) -> Float32:
@@ -190,22 +195,33 @@ def _collapse(path: Path, stored: Stored, scale: Float32) -> Float32:
 
 
 @compiled
-def _unpack_nibbles(rows: UInt8, source: npt.NDArray[np.int64], codes: Int8) -> None:
+def _unpack_nibbles(rows: UInt16, source: npt.NDArray[np.int64], codes: UInt64) -> None:
+    """Sixteen codes at a time: rows (rows, 9 per block) into codes (rows, 4 per block).
+
+    In each byte, 0x78 plus a nibble has its highest bit set from 8 on; flipped, it is a sign.
+    """
+    mask, bias = np.uint64(0x0F0F0F0F0F0F0F0F), np.uint64(0x7878787878787878)
+    sign = np.uint64(0x8080808080808080)
     for row in range(rows.shape[0]):
-        for block in range(codes.shape[1] // 32):
-            packed = rows[row, block * 18 + 2 : block * 18 + 18]
-            unpacked = codes[source[row], block * 32 : block * 32 + 32]
-            for j in range(16):
-                unpacked[j] = np.int8(packed[j] & 0x0F) - 8
-                unpacked[j + 16] = np.int8(packed[j] >> 4) - 8
+        unpacked = codes[source[row]]
+        for i in range(unpacked.size // 2):
+            block, half = divmod(i, 2)
+            first = 9 * block + 1 + 4 * half
+            word = np.uint64(0)
+            for j in range(4):
+                word |= np.uint64(rows[row, first + j]) << np.uint64(16 * j)
+            unpacked[4 * block + half] = ((word & mask) + bias) ^ sign
+            unpacked[4 * block + 2 + half] = (((word >> np.uint64(4)) & mask) + bias) ^ sign
 
 
 @compiled
-def _unpack_bytes(rows: UInt8, source: npt.NDArray[np.int64], codes: Int8) -> None:
+def _unpack_bytes(rows: UInt16, source: npt.NDArray[np.int64], codes: UInt16) -> None:
+    """Two codes at a time: rows (rows, 17 per block) into codes (rows, 16 per block)."""
     for row in range(rows.shape[0]):
-        for block in range(codes.shape[1] // 32):
-            for j in range(32):
-                codes[source[row], block * 32 + j] = np.int8(rows[row, block * 34 + 2 + j])
+        unpacked = codes[source[row]]
+        for block in range(unpacked.size // 16):
+            for i in range(16):
+                unpacked[16 * block + i] = rows[row, 17 * block + 1 + i]
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,6 +31,7 @@ _DIVISORS = {
 _TINY = np.float32(2.0**-100)  # a group below it is not searched: its reciprocal may overflow
 
 Vector = npt.NDArray[Any]  # 1-D, one value per lane or per group
+UInt32 = npt.NDArray[np.uint32]
 
 
 def solve(weight: Float32, grid: Grid, search: bool = True) -> QuantizedTensor:
@@ -49,12 +50,23 @@ def find_scale(weight: Float32, grid: Grid, search: bool = True) -> Float32:
     rows, columns = weight.shape
     groups = grid.groups(columns)
     table = np.ascontiguousarray(weight, np.float32).reshape(rows * groups, columns // groups)
-    outermost = np.array([[-grid.low], [grid.high]], np.float32)
-    divisors = _DIVISORS[grid.bits] if search else outermost
-    scale = np.empty(rows * groups, np.float32)
-    low, high = _limits(grid)
-    _find_scales(table, divisors, low, high, grid.signed_scale, search, scale)
+    if search:
+        scale = np.empty(rows * groups, np.float32)
+        _find_scales(table, _DIVISORS[grid.bits], *_limits(grid), grid.signed_scale, scale)
+    else:
+        scale = _outermost_scale(table, grid)
     return round_scale(scale.reshape(rows, groups))
+
+
+def _outermost_scale(table: Float32, grid: Grid) -> Vector:
+    """Scales that put the largest magnitude of each group on the outermost code of its side."""
+    keys = np.empty(len(table), np.uint32)
+    _find_largest(table.view(np.uint32), keys)
+    peak = (keys >> np.uint32(1)).view(np.float32)
+    low, high = _limits(grid)
+    positive = 1 / low if grid.signed_scale else 1 / high
+    scale: Vector = peak * np.where(keys & np.uint32(1), -1 / low, positive)
+    return scale
 
 
 def encode(weight: Float32, scale: Float32, grid: Grid) -> Int8:
@@ -72,13 +84,27 @@ def _limits(grid: Grid) -> tuple[np.float32, np.float32]:
 
 
 @compiled
+def _find_largest(bits: UInt32, keys: UInt32) -> None:
+    """The largest magnitude of each group of float32 `bits` (groups, size), its sign as last bit.
+
+    Magnitudes are ordered as their bits are, and a maximum of integers vectorizes. Of equal ones
+    the negative one wins.
+    """
+    for group in range(bits.shape[0]):
+        largest = np.uint32(0)
+        for j in range(bits.shape[1]):
+            rotated = np.uint32((bits[group, j] << 1) | (bits[group, j] >> 31))
+            largest = max(largest, rotated)
+        keys[group] = largest
+
+
+@compiled
 def _find_scales(
     table: Float32,
     divisors: Float32,
     low: np.float32,
     high: np.float32,
     signed: bool,
-    search: bool,
     scale: Vector,
 ) -> None:
     """Scales, not rounded, of the groups of `table` (groups, size); an all-zero one gets 0."""
@@ -96,8 +122,7 @@ def _find_scales(
         _find_peaks(tile, signed, peak, sign, side)
         for lane in range(LANES):
             ratio[lane] = sign[lane] / divisors[side[lane], 0]
-        if search:
-            _fit(tile, peak, sign, side, divisors, low, high, ratio)
+        _fit(tile, peak, sign, side, divisors, low, high, ratio)
         for lane in range(count):
             scale[first + lane] = peak[lane] * ratio[lane]
 

@@ -232,7 +232,7 @@ def test_twice_the_layers_the_same_memory(tmp_path, method):
         command = [sys.executable, "-c", MEASURE, small, large, tmp_path / "out", method]
         done = subprocess.run(
             [str(word) for word in command],
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            env=os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "131072"},
             capture_output=True,
             text=True,
         )
