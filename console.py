@@ -76,7 +76,9 @@ def table(
 
     drawn = Table(title=title or None, box=SIMPLE_HEAD, title_justify="left", title_style="bold")
     for index, column in enumerate(columns):
-        drawn.add_column(column, justify="right" if index and not words else "left", overflow="fold")
+        drawn.add_column(
+            column, justify="right" if index and not words else "left", overflow="fold"
+        )
     for row in rows:
         drawn.add_row(*row)
     # Not a terminal: wide enough that nothing is folded or cut.

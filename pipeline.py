@@ -153,6 +153,8 @@ def validate(
             plan,
             work / "quantized",
             tokenizer_folder=source.checkpoint.folder,
+            origin=Origin(source.name, manifest["inputs"]["model"]["digest"]),
+            calibration=manifest["inputs"]["calibration"],
         )
         texts = read_texts(recipe, source, calibrate=False, validate=True, progress=progress)
         files = Files.of(folder, container, source)
@@ -165,20 +167,19 @@ def validate(
 
 def _refuse_other_inputs(folder: Path, manifest: Mapping[str, Any], source: Source) -> None:
     stated = manifest["inputs"]
-    names = [entry.name for entry, _ in source.adapters]
-    pairs = [("model", stated["model"]["digest"], source.checkpoint.digest())]
-    pairs += [
-        (f"adapter {entry.name}", known["digest"], adapter.digest())
-        for known, (entry, adapter) in zip(stated["adapters"], source.adapters, strict=False)
+    known = [
+        [entry[key] for key in ("name", "digest", "scale", "mode")] for entry in stated["adapters"]
     ]
-    if len(stated["adapters"]) != len(names):
-        count = len(stated["adapters"])
-        pairs.append(("adapters", f"{count} of them", ", ".join(names) or "none"))
-    for what, known, given in pairs:
-        if known != given:
+    given = [[e.name, adapter.digest(), e.scale, source.mode] for e, adapter in source.adapters]
+    pairs = [
+        ("model", stated["model"]["digest"], source.checkpoint.digest()),
+        ("set of adapters", known or "none", given or "none"),
+    ]
+    for what, made, now in pairs:
+        if made != now:
             raise BadInput(
                 f"{folder} was made from another {what}",
-                f"the manifest says {known}, given is {given}",
+                f"the manifest says {made}, given is {now}",
                 "give the model and adapters that the bundle was made from",
             )
 

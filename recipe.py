@@ -53,7 +53,7 @@ class Quantize:
     method: str = "gptq"
     search: bool = True
     patterns: Mapping[str, str] = field(default_factory=dict)
-    calibration_windows: int = 128
+    calibration_windows: int = 64
     calibration_length: int = 512
 
 
@@ -354,7 +354,7 @@ targets = ["android"]                 # `slimport targets` lists them; or the pa
 # preset = "int4"                     # int4, int4-all, int4-signed, int8
 # method = "gptq"                     # or "rtn": needs no text
 # search = true                       # rtn: search the scales
-# calibration_windows = 128
+# calibration_windows = 64
 # calibration_length = 512            # tokens in each
 # [quantize.patterns]                 # weight names -> a grid, or "float16"
 # "model.layers.0.*" = "int8-row"

@@ -90,16 +90,22 @@ def restore(
     folder: Path,
     *,
     tokenizer_folder: Path,
+    origin: Origin | None = None,
+    calibration: str | None = None,
 ) -> QuantizedCheckpoint:
     """Write weights that are quantized already, such as those read back from a container.
 
     Args:
         tensors: every weight of the plan, in its order. Their errors are not known.
+        calibration: digest of the windows that they were calibrated on.
     """
+    origin = origin or Origin()
     with store.replacing(folder) as partial:
         records = _write(_restored(tensors), plan, partial, lambda stage, done, total: None)
         with store.writing(folder):
-            store.write_metadata(partial, config, plan, Origin(), None, records, tokenizer_folder)
+            store.write_metadata(
+                partial, config, plan, origin, calibration, records, tokenizer_folder
+            )
     return QuantizedCheckpoint.open(folder)
 
 

@@ -125,7 +125,13 @@ def test_patterns_of_the_command_line(tiny_llama: Path, run: Run) -> None:
     wanted = {"0.mlp.gate": "int8-row", "0.mlp.up": None, "1.mlp.up": "int8-row"}
     wanted["1.self_attn.q"] = "int4-g32"
     found = run(
-        "inspect", tiny_llama, "--grid", "*.mlp.*=int8-row", "--grid", "*.0.mlp.up*=float16", "--json"
+        "inspect",
+        tiny_llama,
+        "--grid",
+        "*.mlp.*=int8-row",
+        "--grid",
+        "*.0.mlp.up*=float16",
+        "--json",
     ).json["plan"]["weights"]
     grids = {name: found[f"model.layers.{name}_proj.weight"]["grid"] for name in wanted}
     assert grids == wanted

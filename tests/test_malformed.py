@@ -102,7 +102,11 @@ def link_out(model: Path) -> None:
 
 # name -> damage done to a model's folder, exit code, words of the message
 MODELS: dict[str, tuple[Damage, int, str]] = {
-    "unknown family": (edit_json("config.json", lambda c: c.update(model_type="mamba")), 5, "mamba"),
+    "unknown family": (
+        edit_json("config.json", lambda c: c.update(model_type="mamba")),
+        5,
+        "mamba",
+    ),
     "a key that changes the mathematics": (
         edit_json("config.json", lambda c: c.update(attn_logit_softcapping=50.0)),
         5,
@@ -224,9 +228,7 @@ COMMANDS: dict[str, tuple[list[str], int, str]] = {
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_command(
-    name: str, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_command(name: str, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     arguments, code, words = COMMANDS[name]
     refused(run(*arguments), code, words)
@@ -245,9 +247,7 @@ TEXTS: dict[str, tuple[str, bytes, int, str]] = {
 
 
 @pytest.mark.parametrize("name", TEXTS)
-def test_text(
-    name: str, tiny_llama: Path, recipe_for: Run, run: Run, tmp_path: Path
-) -> None:
+def test_text(name: str, tiny_llama: Path, recipe_for: Run, run: Run, tmp_path: Path) -> None:
     file, content, code, words = TEXTS[name]
     recipe = recipe_for(tmp_path, tiny_llama)
     (tmp_path / file).write_bytes(content)
@@ -426,9 +426,7 @@ def test_a_broken_budget_keeps_the_bundle_apart(
     assert "BROKEN" in done.out
 
 
-def test_an_error_inside_is_said_to_be_one(
-    run: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_error_inside_is_said_to_be_one(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     from slimport import inspection
 
     def broken() -> None:
