@@ -6,8 +6,10 @@ import json
 import os
 import signal
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn, TypeVar
@@ -347,13 +349,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if "--debug" in words:
             traceback.print_exc()
-        name = type(error).__name__
-        console.show_error(
-            SlimportError(
-                "internal error", f"{name}: {error}", "run it again with --debug and report it"
-            )
-        )
+        why, cure = f"{type(error).__name__}: {error}", f"report it with {_keep_log(words)}"
+        console.show_error(SlimportError("internal error", why, cure))
         return 1
+
+
+def _keep_log(words: list[str]) -> str:
+    """Write the traceback of an internal error to a file; returns its path."""
+    described, path = tempfile.mkstemp(prefix="slimport-", suffix=".log")
+    with os.fdopen(described, "w", encoding="utf-8") as log:
+        print(f"slimport {version('slimport')}, {sys.version}, {sys.platform}", file=log)
+        print("arguments:", *words, file=log)
+        traceback.print_exc(file=log)
+    return path
 
 
 def _call(words: list[str]) -> int:

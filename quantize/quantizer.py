@@ -34,7 +34,7 @@ from .windows import Windows
 
 Progress = Callable[[str, int, int], None]
 
-_BLOCK = 1 << 21  # weights in one block of rows: 8 MB as float32
+_BLOCK = 1 << 20  # weights in one block of rows: 4 MB as float32
 _ADDED_LIMIT = 0.01  # relative RMSE that the floor of the scales may add
 _LANES = 32
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-# Before torch and llama.cpp start their threads: spinning ones slow down tests that run side by side.
+# Before torch and llama.cpp load: threads that spin slow down tests that run side by side.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest

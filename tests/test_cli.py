@@ -1,4 +1,4 @@
-"""The command line itself: exit codes, streams, precedence, signals. What it computes is elsewhere."""
+"""The command line itself: exit codes, streams, precedence, signals; not what it computes."""
 
 from __future__ import annotations
 

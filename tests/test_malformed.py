@@ -205,9 +205,7 @@ def test_recipe(name: str, tiny_llama: Path, run: Run, tmp_path: Path) -> None:
     before, after, code, words = RECIPES[name]
     recipe = tmp_path / "slimport.toml"
     recipe.write_text(f'{before}\nmodel = "{tiny_llama}"\n{after}\n')
-    done = run("export", "--config", recipe, "--method", "rtn", "--no-validate", "-q")
-    if name == "unknown method":
-        done = run("export", "--config", recipe, "--no-validate", "-q")
+    done = run("export", "--config", recipe, "--no-validate", "-q")
     refused(done, code, words, tmp_path / "dist")
 
 

@@ -23,7 +23,7 @@ from ...quantize.tensor import QuantizedTensor, weights_digest
 from ..container import ReadBack
 from .reader import Stored, matched, open_gguf, source_rows, unpack
 
-_CHUNK = 1 << 20  # weights dequantized at a time: the block stays in the CPU's cache
+_CHUNK = 1 << 19  # weights dequantized at a time: the block stays in the CPU's cache
 
 
 def check(model: QuantizedCheckpoint, path: Path, threads: int = 2) -> ReadBack:

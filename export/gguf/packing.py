@@ -34,7 +34,7 @@ TYPES = {
     "int8-g32": Type.Q8_0,
     "int8-row": Type.Q8_0,  # the row's scale stands in each of its blocks
 }
-_CHUNK = 1 << 22  # weights packed at a time by one thread
+_CHUNK = 1 << 21  # weights packed at a time by one thread
 
 
 def pack(tensor: QuantizedTensor) -> UInt8:

@@ -1,0 +1,165 @@
+"""kill -9 of a real export at any moment: the old bundle or the new one, and never a half."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from slimport import pipeline
+
+# Everything is imported once and each export is a process forked from that, so that the moments
+# that matter are not drowned in the seconds of start-up. No thread runs before the fork.
+SERVER = """
+import json, os, signal, sys, time
+from slimport import bundle, cli, pipeline, views
+
+def die_at(step):
+    "SIGKILL this process before its step-th change to the disk from the swap on."
+    taken = 0
+    def counted(function):
+        def call(*arguments, **keywords):
+            nonlocal taken
+            taken += 1
+            if taken == step:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*arguments, **keywords)
+        return call
+    swap = bundle._swap
+    def begin(*arguments):
+        for name in ("rename", "fsync", "unlink", "rmdir"):
+            setattr(os, name, counted(getattr(os, name)))
+        bundle._exchange = counted(bundle._exchange)
+        swap(*arguments)
+    bundle._swap = begin
+
+for line in sys.stdin:
+    job = json.loads(line)
+    child = os.fork()
+    if child == 0:
+        os.dup2(2, 1)
+        if not job["exchange"]:
+            bundle._exchange = lambda one, other: False
+        if job["step"]:
+            die_at(job["step"])
+        os._exit(cli.main(job["arguments"]))
+    if job["after"] is not None:
+        time.sleep(job["after"])
+        os.kill(child, signal.SIGKILL)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+STEPS = 40  # changes to the disk by a swap and by the cleaning up after it
+
+
+@dataclass(frozen=True)
+class Exports:
+    """Exports of a tiny model to `output`, each in a process of its own."""
+
+    server: subprocess.Popen[str]
+    model: Path
+    output: Path
+
+    def run(
+        self, preset: str, *, after: float | None = None, step: int = 0, exchange: bool = True
+    ) -> int:
+        """The exit code; -9 if killed, `after` seconds or before the `step`-th change of a swap."""
+        assert self.server.stdin is not None and self.server.stdout is not None
+        arguments = [
+            "export", str(self.model), "--target", "android", "--method", "rtn", "--no-validate",
+            "--preset", preset, "-q", "-o", str(self.output),
+        ]  # fmt: skip
+        job = {"arguments": arguments, "after": after, "step": step, "exchange": exchange}
+        self.server.stdin.write(json.dumps(job) + "\n")
+        self.server.stdin.flush()
+        return int(self.server.stdout.readline())
+
+    @property
+    def digest(self) -> str:
+        """Of the bundle that stands there, every file and every code of it verified."""
+        return str(pipeline.verify(self.output / "android")["weights_digest"])
+
+    @property
+    def left(self) -> list[str]:
+        names = {path.name for path in self.output.iterdir()}
+        return sorted(names - {"android", ".android.lock"})
+
+
+@pytest.fixture
+def exports(tiny_llama: Path, tmp_path: Path) -> Iterator[Exports]:
+    with subprocess.Popen(
+        [sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as server:
+        yield Exports(server, tiny_llama, tmp_path / "dist")
+
+
+def kill_many(exports: Exports, kinds: list[str], chance: random.Random) -> None:
+    """Export over a good bundle, be killed, look; then export and find nothing left behind."""
+    presets = ["int4", "int4-all"]
+    digests = {}
+    for preset in presets:
+        start = time.monotonic()
+        assert exports.run(preset) == 0
+        usual = time.monotonic() - start
+        digests[preset] = exports.digest
+    old, new = reversed(presets)
+    killed = {"old": 0, "new": 0}
+    for kind in kinds:
+        if kind == "moment":
+            code = exports.run(new, after=chance.uniform(0, usual))
+        else:
+            step = chance.randint(1, STEPS)
+            code = exports.run(new, step=step, exchange=kind == "exchange")
+        found = exports.digest
+        assert found in (digests[old], digests[new]), kind
+        assert code in (0, -signal.SIGKILL)
+        if code == 0:
+            assert found == digests[new]
+        else:
+            killed["old" if found == digests[old] else "new"] += 1
+        if found == digests[new]:
+            old, new = new, old
+    assert sum(killed.values()) > 0.8 * len(kinds), killed
+    assert killed["old"] and killed["new"], killed
+    assert exports.run(new) == 0
+    assert exports.digest == digests[new]
+    assert exports.left == []
+
+
+def test_six_kills(exports: Exports) -> None:
+    kill_many(exports, 2 * ["moment", "exchange", "renames"], random.Random(7))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_sixty_kills(exports: Exports, seed: int) -> None:
+    """At any moment, and between any two changes to the disk around the swap."""
+    kill_many(exports, 20 * ["moment", "exchange", "renames"], random.Random(seed))
+
+
+@pytest.mark.slow
+def test_kills_from_the_very_start(tiny_llama: Path, tmp_path: Path) -> None:
+    """The command as a user starts it, imports and all, the first time in an empty folder."""
+    command = [
+        sys.executable, "-m", "slimport", "export", str(tiny_llama), "--target", "android",
+        "--method", "rtn", "--no-validate", "-q", "-o", str(tmp_path / "dist"),
+    ]  # fmt: skip
+    start = time.monotonic()
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    usual = time.monotonic() - start
+    chance = random.Random(4)
+    for _ in range(8):
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
+            time.sleep(chance.uniform(0.4, 1) * usual)
+            process.kill()
+        pipeline.verify(tmp_path / "dist" / "android")
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    names = sorted(path.name for path in (tmp_path / "dist").iterdir())
+    assert names == [".android.lock", "android"]
