@@ -6,7 +6,6 @@ are those of llama.cpp's gguf-py `constants.py`.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
@@ -135,6 +134,7 @@ _MODULES = {
 TABLES = frozenset({Kind.EMBEDDING, Kind.HEAD})
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _TIED_ROWS = 4096
+_LARGEST = 1e38  # of float32, as containers hold such a number; sizes are 32-bit integers there
 
 
 @dataclass(frozen=True, slots=True)
@@ -331,8 +331,8 @@ def _real(config: Mapping[str, Any], key: str, default: float | None = None) -> 
     """A positive number; None and absent are the same."""
     value = config.get(key)
     value = default if value is None else value
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-        fault = "is missing" if value is None else f"= {value!r} is not a positive number"
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < _LARGEST:
+        fault = "is missing" if value is None else f"= {value!r:.40} is not a positive number"
         raise BadInput(
             f"config.json: {key} {fault}",
             "the sizes of the model come from config.json, and none is guessed",
@@ -343,9 +343,9 @@ def _real(config: Mapping[str, Any], key: str, default: float | None = None) -> 
 
 def _whole(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
     value = _real(config, key, default)
-    if not value.is_integer():
+    if not (value.is_integer() and value < 2**31):
         raise BadInput(
-            f"config.json: {key} = {value} is not a whole number",
+            f"config.json: {key} = {value} is not a whole number below 2^31",
             "it is a size",
             "take config.json from where the model was trained",
         )

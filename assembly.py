@@ -11,9 +11,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from .bundle import canonical_json
+from .bundle import canonical_json, sha256
+from .checkpoint import license_files
 from .export.container import Container
 from .quantize.store import QuantizedCheckpoint
+from .quantize.windows import Windows
 from .settings import format_size
 from .source import Source
 from .targets.target import Target
@@ -48,8 +50,9 @@ def copy_licenses(source: Source, texts: list[Path], folder: Path) -> list[str]:
     """
     wanted = {"base": source.checkpoint.license_files()}
     for entry, _ in source.adapters:
-        wanted[f"adapter-{entry.name}"] = _licenses_in(entry.path)
-    wanted["texts"] = sorted({file for text in texts for file in _licenses_in(text.parent)})
+        wanted[f"adapter-{entry.name}"] = license_files(entry.path)
+    for number, place in enumerate(dict.fromkeys(text.parent for text in texts), 1):
+        wanted["texts" if number == 1 else f"texts-{number}"] = license_files(place)
     copied = []
     for owner, files in wanted.items():
         for file in files:
@@ -58,11 +61,6 @@ def copy_licenses(source: Source, texts: list[Path], folder: Path) -> list[str]:
             shutil.copyfile(file, target)
             copied.append(target.name)
     return copied
-
-
-def _licenses_in(folder: Path) -> list[Path]:
-    names = ("LICENSE*", "LICENCE*", "NOTICE*", "COPYING*")
-    return sorted(path for name in names for path in folder.glob(name) if path.is_file())
 
 
 def write_tokenizer_notes(source: Source, golden: dict[str, Any] | None, folder: Path) -> None:
@@ -91,10 +89,17 @@ def sampling(source: Source) -> dict[str, Any]:
     return {key: stated[key] for key in SAMPLING if stated.get(key) is not None}
 
 
-def inputs(source: Source, quantized: QuantizedCheckpoint) -> dict[str, Any]:
+def inputs(
+    source: Source, quantized: QuantizedCheckpoint, judged_on: Mapping[str, Windows]
+) -> dict[str, Any]:
     """Names and digests of all that went in; never a local path or a host name."""
     return {
-        "model": {"name": source.checkpoint.name, "digest": quantized.origin.base},
+        "model": {
+            "name": source.checkpoint.name,
+            "revision": source.checkpoint.revision,
+            "digest": quantized.origin.base,
+        },
+        "tokenizer": {path.name: f"sha256:{sha256(path)}" for path in source.tokenizer.files},
         "adapters": [
             {
                 "name": entry.name,
@@ -106,6 +111,7 @@ def inputs(source: Source, quantized: QuantizedCheckpoint) -> dict[str, Any]:
             for entry, adapter in source.adapters
         ],
         "calibration": quantized.calibration,
+        "judged_on": {name: windows.digest for name, windows in judged_on.items()},
     }
 
 

@@ -14,8 +14,9 @@ import json
 import os
 import shutil
 import stat
+import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -199,19 +200,29 @@ def work_folder(output: Path) -> Iterator[Path]:
         EnvironmentFailed: disk full, read-only, out of reach.
     """
     output = output.absolute()
-    work = output / f"{_WORK}{os.getpid()}"
-    with _explained(work):
+    with _explained(output / "work"), ExitStack() as stack:
         output.mkdir(parents=True, exist_ok=True)
         for stale in output.glob(f"{_WORK}*"):
-            with _open_lock(stale / "lock") as lock:
+            # FileNotFoundError: its run ended just now and took the folder along.
+            with suppress(FileNotFoundError), _open_lock(stale / "lock") as lock:
                 if lock is not None:
                     shutil.rmtree(stale, ignore_errors=True)
-        work.mkdir()
-        try:
-            with _open_lock(work / "lock"):
-                yield work
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
+        while (work := _settle(output, stack)) is None:
+            pass
+        yield work
+
+
+def _settle(output: Path, stack: ExitStack) -> Path | None:
+    """A new locked folder in `output`, both until `stack` ends; None if another run swept it."""
+    work = Path(tempfile.mkdtemp(prefix=_WORK, dir=output))
+    try:
+        lock = stack.enter_context(_open_lock(work / "lock"))
+    except FileNotFoundError:  # swept before it was locked
+        return None
+    if lock is None or not (work / "lock").exists():  # being swept, or swept while it was locked
+        return None
+    stack.callback(shutil.rmtree, work, ignore_errors=True)
+    return work
 
 
 def recover(destination: Path) -> None:

@@ -142,7 +142,12 @@ class Checkpoint:
 
     def license_files(self) -> list[Path]:
         """Licences and notices that have to travel with the weights."""
-        return list(_matching(self.folder, LICENSES))
+        return license_files(self.folder)
+
+
+def license_files(folder: Path) -> list[Path]:
+    """Licences and notices in a folder of weights or texts."""
+    return [path for path in _matching(folder, LICENSES) if path.is_file()]
 
 
 def read_json(path: Path) -> dict[str, Any]:

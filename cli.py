@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
 import sys
-import tempfile
 import traceback
 from collections.abc import Callable, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn, TypeVar
@@ -48,6 +47,7 @@ source_options = _options(
     click.option("--revision", help="Of a hub model."),
     click.option("--offline", is_flag=True, help="Never reach out to a hub."),
     click.option("--name", help="What the bundle calls the model."),
+    click.option("--pre", help="tokenizer.ggml.pre, where it cannot be derived."),
 )
 quantize_options = _options(
     click.option("--preset", help="int4 (default), int4-all, int4-signed, int8."),
@@ -155,7 +155,6 @@ def init(output: str, model: str | None, as_json: bool, quiet: bool, debug: bool
 @click.option(
     "--quantized", type=click.Path(), help="Start from this quantized checkpoint of MODEL."
 )
-@click.option("--pre", help="tokenizer.ggml.pre, where it cannot be derived.")
 @click.option("--no-validate", is_flag=True, help="Skip validation; the manifest says so.")
 @click.option("--dry-run", is_flag=True, help="Plan, sizes and refusals; writes nothing.")
 @output_options
@@ -163,7 +162,6 @@ def export(
     no_validate: bool,
     dry_run: bool,
     offline: bool,
-    pre: str | None,
     quantized: str | None,
     as_json: bool,
     quiet: bool,
@@ -184,14 +182,13 @@ def export(
 
     recipe = _recipe(**flags, targets=target)
     if dry_run:
-        predicted = forecast.forecast(recipe, offline=offline, pre=pre)
+        predicted = forecast.forecast(recipe, offline=offline)
         _print_json(predicted.to_json()) if as_json else views.forecast(predicted)
         return
     with console.progress(quiet) as progress:
         bundles = pipeline.export(
             recipe,
             offline=offline,
-            pre=pre,
             quantized=Path(quantized) if quantized else None,
             validate=not no_validate,
             progress=progress,
@@ -349,13 +346,41 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if "--debug" in words:
             traceback.print_exc()
+        if isinstance(error, MemoryError) or getattr(error, "errno", None) in _REFUSALS:
+            console.show_error(_refused(error))
+            return EnvironmentFailed.exit_code
         why, cure = f"{type(error).__name__}: {error}", f"report it with {_keep_log(words)}"
         console.show_error(SlimportError("internal error", why, cure))
         return 1
 
 
+# What a system refuses wherever it is asked; any other OSError is a mistake of ours.
+_REFUSALS = frozenset(
+    getattr(errno, name)
+    for name in "EACCES EPERM EROFS ENOSPC EDQUOT EIO EMFILE ENFILE ENOMEM ENAMETOOLONG".split()
+)
+
+
+def _refused(error: Exception) -> EnvironmentFailed:
+    if isinstance(error, OSError):
+        where = "a temporary file" if error.filename is None else f"{error.filename!s:.120}"
+        return EnvironmentFailed(
+            f"{where} cannot be read or written",
+            error.strerror or str(error),
+            "free disk space or memory, mend the permissions, or give another path",
+        )
+    return EnvironmentFailed(
+        "memory ran out",
+        str(error) or "the system has no more",
+        "free memory, or use a larger machine",
+    )
+
+
 def _keep_log(words: list[str]) -> str:
     """Write the traceback of an internal error to a file; returns its path."""
+    import tempfile
+    from importlib.metadata import version
+
     described, path = tempfile.mkstemp(prefix="slimport-", suffix=".log")
     with os.fdopen(described, "w", encoding="utf-8") as log:
         print(f"slimport {version('slimport')}, {sys.version}, {sys.platform}", file=log)

@@ -60,13 +60,13 @@ class Forecast:
         return {"schema": "slimport.forecast/1", **asdict(self)}
 
 
-def forecast(recipe: Recipe, *, offline: bool = False, pre: str | None = None) -> Forecast:
+def forecast(recipe: Recipe, *, offline: bool = False) -> Forecast:
     """Predict an export; refuses what the export would refuse.
 
     Raises:
         SlimportError: as `pipeline.export` would before its work starts.
     """
-    source = open_source(recipe, offline=offline, pre=pre)
+    source = open_source(recipe, offline=offline)
     plan = plan_of(recipe, source)
     jobs = [
         JobForecast(

@@ -40,14 +40,12 @@ def inspect(recipe: Recipe, *, offline: bool = False) -> dict[str, Any]:
 
 def _bundle(folder: Path) -> dict[str, Any]:
     manifest = bundle.read_manifest(folder)
-    plan = Plan.from_json(manifest["plan"], decoder_config(manifest["config"]))
     shown = {key: value for key, value in manifest.items() if key not in _LONG}
-    return {
-        **shown,
-        "schema": "slimport.inspect/1",
-        "kind": "bundle",
-        "plan": plan.to_json() | {"summary": grid_summary(plan)},
-    }
+    shown |= {"schema": "slimport.inspect/1", "kind": "bundle"}
+    if "plan" in manifest:  # one whose packing failed has none
+        plan = Plan.from_json(manifest["plan"], decoder_config(manifest.get("config", {})))
+        shown["plan"] = plan.to_json() | {"summary": grid_summary(plan)}
+    return shown
 
 
 def _model(recipe: Recipe, offline: bool) -> dict[str, Any]:

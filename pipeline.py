@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from . import bundle, shipment
 from .architectures import DecoderConfig, decoder_config
 from .assembly import Files
 from .checkpoint import read_json
-from .errors import BadInput, SlimportError, Unsupported, ValidationFailed, worst
+from .errors import BadInput, SlimportError, Unsupported, UsageError, ValidationFailed, worst
 from .export.container import Container
 from .quantize import quantizer
 from .quantize.plan import Plan
@@ -41,7 +42,6 @@ def export(
     recipe: Recipe,
     *,
     offline: bool = False,
-    pre: str | None = None,
     quantized: Path | None = None,
     validate: bool = True,
     progress: Progress = _silent,
@@ -54,9 +54,9 @@ def export(
     Raises:
         SlimportError: of the worst target; bundles of the other targets are in place.
     """
-    source = open_source(recipe, offline=offline, pre=pre)
-    ready = None if quantized is None else _same_origin(source, quantized)
-    plan = ready.plan if ready else plan_of(recipe, source)
+    source = open_source(recipe, offline=offline)
+    plan = plan_of(recipe, source)
+    ready = None if quantized is None else _same_origin(source, plan, quantized)
     jobs = plan_jobs(recipe, source, plan)
     with bundle.work_folder(recipe.output) as work:
         calibrate = plan.calibrated and ready is None
@@ -81,18 +81,25 @@ def _origin(source: Source) -> Origin:
         name=source.name,
         base=source.checkpoint.digest(),
         adapters={entry.name: adapter.digest() for entry, adapter in merged},
+        scales={entry.name: entry.scale for entry, _ in merged},
     )
 
 
-def _same_origin(source: Source, folder: Path) -> QuantizedCheckpoint:
-    """A quantized checkpoint, if it was made from this source."""
+def _same_origin(source: Source, plan: Plan, folder: Path) -> QuantizedCheckpoint:
+    """A quantized checkpoint, if it was made from this source by this plan."""
     found = QuantizedCheckpoint.open(folder)
     wanted = _origin(source)
-    if (found.origin.base, found.origin.adapters) != (wanted.base, wanted.adapters):
+    if replace(found.origin, name=wanted.name) != wanted:
         raise BadInput(
             f"{folder} was not quantized from {source.name} with these adapters",
-            "its base or adapter digests are others",
+            "its base, its adapters or their scales are others",
             "give the model and adapters that it was made from, or quantize again",
+        )
+    if found.plan != plan:
+        raise UsageError(
+            f"{folder} was quantized by another plan",
+            f"its preset is {found.plan.preset}; this recipe chooses other grids or methods",
+            "give the same preset, method and grids as to `slimport quantize`, or quantize again",
         )
     return found
 
@@ -156,6 +163,9 @@ def validate(
             origin=Origin(source.name, manifest["inputs"]["model"]["digest"]),
             calibration=manifest["inputs"]["calibration"],
         )
+        if quantized.weights_digest != manifest["weights_digest"]:
+            stated = manifest["weights_digest"]
+            raise _mismatch(folder, "all weights", quantized.weights_digest, stated)
         texts = read_texts(recipe, source, calibrate=False, validate=True, progress=progress)
         files = Files.of(folder, container, source)
         case = shipment.case_of(job, source, quantized, texts, files)

@@ -87,6 +87,7 @@ class Recipe:
         source: the file's name as messages show it.
         model: the absolute path of a folder, or a hub id.
         output: folder that receives one bundle per target.
+        pre: llama.cpp's pre-tokenizer, where it cannot be derived from tokenizer.json.
         targets: profile names, or absolute paths of TOML files.
         budgets: metric -> limit, in place of the target's.
     """
@@ -96,6 +97,7 @@ class Recipe:
     revision: str | None = None
     name: str | None = None
     version: str | None = None
+    pre: str | None = None
     output: Path = Path("dist")
     targets: tuple[str, ...] = ()
     container: str | None = None
@@ -208,12 +210,25 @@ def parse_adapter(words: str) -> dict[str, Any]:
 
 def _path(value: Any, place: Place) -> Path:
     words = str(value) if isinstance(value, Path) else value
-    return place.folder / Path(text(words, place)).expanduser()
+    try:
+        return place.folder / Path(text(words, place)).expanduser()
+    except RuntimeError:  # ~ of a user that is not known
+        raise wrong(place, value, "a path whose home folder is known") from None
+
+
+def _is_there(path: Path, value: Any, place: Place) -> bool:
+    try:
+        return path.exists()
+    except OSError as error:
+        why = error.strerror or str(error)
+        raise UsageError(
+            f"{place.words}: {value!s:.60} cannot be looked up", why, "correct the path"
+        ) from error
 
 
 def _existing(value: Any, place: Place) -> Path:
     path = _path(value, place)
-    if not path.exists():
+    if not _is_there(path, value, place):
         raise UsageError(
             f"{place.words}: {value} does not exist",
             f"it was looked for in {place.folder}",
@@ -225,7 +240,7 @@ def _existing(value: Any, place: Place) -> Path:
 def _model(value: Any, place: Place) -> str:
     """A folder as an absolute path, or a hub id as it is."""
     words = text(str(value) if isinstance(value, Path) else value, place)
-    if (place.folder / words).exists() or words.startswith((".", "/", "~")):
+    if words.startswith((".", "/", "~")) or _is_there(place.folder / words, value, place):
         return str(_existing(words, place))
     if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", words, re.ASCII):
         return words
@@ -274,6 +289,7 @@ _ROOT: dict[str, Reader] = {
     "revision": text,
     "name": text,
     "version": text,
+    "pre": text,
     "output": _path,
     "targets": _targets,
     "container": text,
@@ -341,6 +357,7 @@ model = "Qwen/Qwen2.5-0.5B-Instruct"  # a folder, or a hub id
 # revision = "main"                   # of a hub id; a commit keeps exports reproducible
 # name = "assistant"                  # as the bundle calls the model
 # version = "1.0.0"
+# pre = "llama-bpe"                   # tokenizer.ggml.pre, where it cannot be derived
 targets = ["android"]                 # `slimport targets` lists them; or the path of your own
 # container = "gguf"                  # in place of the target's first choice
 # output = "dist"                     # receives one bundle per target

@@ -44,7 +44,7 @@ def plan_jobs(recipe: Recipe, source: Source, plan: Plan) -> list[Job]:
     """Containers and destinations; everything that cannot be held exactly is refused here.
 
     Raises:
-        UsageError: no target.
+        UsageError: no target, or two of one name.
         Unsupported: a container that is not there yet, or that cannot hold the model.
     """
     if not recipe.targets:
@@ -64,6 +64,14 @@ def plan_jobs(recipe: Recipe, source: Source, plan: Plan) -> list[Job]:
             for _, adapter in source.adapters:
                 container.refuse_adapter(adapter)
         jobs.append(Job(target, container, recipe.output / target.name))
+    names = [job.target.name for job in jobs]
+    for name in names:
+        if names.count(name) > 1:
+            raise UsageError(
+                f"{names.count(name)} targets are called {name}",
+                f"each would be written to {recipe.output / name}",
+                "give it once, or rename your TOML file",
+            )
     return jobs
 
 
@@ -95,7 +103,7 @@ def build(
         if not texts.judged:
             assembly.write_tokenizer_notes(source, None, folder)
             assembly.write_readme(job.container, job.target, source, None, files, folder)
-            bundle.write_manifest(folder, _manifest(job, recipe, source, quantized, None))
+            bundle.write_manifest(folder, _manifest(job, recipe, source, quantized, texts, None))
             return
         case = case_of(job, source, quantized, texts, files)
         judgement = judge(case, RUNTIMES[job.container.NAME], work, progress)
@@ -103,7 +111,7 @@ def build(
         assembly.write_tokenizer_notes(source, golden_json(judgement, case), folder)
         assembly.write_readme(job.container, job.target, source, found, files, folder)
         report.write(folder / "report", found, report.measurements(judgement.measurements))
-        bundle.write_manifest(folder, _manifest(job, recipe, source, quantized, found))
+        bundle.write_manifest(folder, _manifest(job, recipe, source, quantized, texts, found))
         if failure := budget.failure(budget.check(found, _limits(job, recipe))):
             raise failure
 
@@ -118,9 +126,11 @@ def pack(
     adapters = []
     if source.mode == "separate" and source.adapters:
         (folder / "adapters").mkdir()
-        for _, adapter in source.adapters:
-            written = job.container.write_adapter(adapter, source.decoder, folder / "adapters")
-            adapters.append(written)
+        for entry, adapter in source.adapters:
+            beside = folder / "adapters"
+            adapters.append(
+                job.container.write_adapter(adapter, source.decoder, beside, entry.scale)
+            )
     progress(stage, 1, 2)
     read_back = job.container.check(quantized, folder)
     if read_back.weights_digest != quantized.weights_digest:
@@ -193,9 +203,13 @@ def report_on(
         ],
         texts=texts.origins,
         samples=_samples(source, judgement),
-        inputs=assembly.inputs(source, quantized),
+        inputs=assembly.inputs(source, quantized, texts.judged),
         tools=assembly.tools(),
         findings=limits.findings(job.target, files.model.parent, sizes.download_bytes),
+        not_judged=[
+            f"adapter {path.stem}: only {files.adapters[0].stem} was judged beside the base"
+            for path in files.adapters[1:]
+        ],
     )
     return report.build(subject, judgement, codes_equal=True)
 
@@ -222,6 +236,7 @@ def _manifest(
     recipe: Recipe,
     source: Source,
     quantized: QuantizedCheckpoint,
+    texts: Texts,
     found: dict[str, Any] | None,
 ) -> dict[str, Any]:
     """Everything that `verify`, `check` and a device need to know, and nothing of this machine.
@@ -246,9 +261,14 @@ def _manifest(
         "digests": {name: record.digest for name, record in quantized.records.items()},
         "errors": dict(quantized.errors),
         "plan": quantized.plan.to_json(),
-        "config": quantized.config,
-        "inputs": assembly.inputs(source, quantized),
+        "config": _public(quantized.config),
+        "inputs": assembly.inputs(source, quantized, texts.judged),
         "recipe": recipe.to_json(),
         "tools": assembly.tools(),
         "minimum_runtime": {"runtime": "llama.cpp", "build": build, "reason": reason},
     }
+
+
+def _public(config: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json without private keys: `_name_or_path` is a local path, and none has meaning."""
+    return {key: value for key, value in config.items() if not key.startswith("_")}

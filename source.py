@@ -43,7 +43,7 @@ class Source:
     tokenizer: Tokenizer
 
 
-def open_source(recipe: Recipe, *, offline: bool = False, pre: str | None = None) -> Source:
+def open_source(recipe: Recipe, *, offline: bool = False) -> Source:
     """Open everything a recipe names.
 
     Raises:
@@ -75,14 +75,24 @@ def open_source(recipe: Recipe, *, offline: bool = False, pre: str | None = None
         weights=weights,
         config=config,
         decoder=decoder_config(config),
-        tokenizer=Tokenizer.open(base.folder, pre=pre),
+        tokenizer=Tokenizer.open(base.folder, pre=recipe.pre),
     )
 
 
 def plan_of(recipe: Recipe, source: Source) -> Plan:
-    """The recipe's grids and methods for this model."""
+    """The recipe's grids and methods for this model.
+
+    Raises:
+        UsageError: an unknown name, or a setting that this method does not have.
+    """
     method = recipe.quantize.method
-    if method == "rtn" and not recipe.quantize.search:
+    if not recipe.quantize.search:
+        if method == "gptq":
+            raise UsageError(
+                "search = false has no effect with method gptq",
+                "gptq and its tables always search their scales",
+                'remove it, or take method = "rtn"',
+            )
         method = "rtn-absmax"
     return make_plan(source.decoder, recipe.quantize.preset, method, recipe.quantize.patterns)
 

@@ -6,9 +6,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from .errors import BadInput
 from .quantize.windows import Windows, read_text, token_windows, windows_of
 from .recipe import Recipe
 from .source import Source
+from .tokenizer import Tokenizer
 from .validation.runtimes import reference
 from .validation.runtimes.reference import Oracle
 
@@ -80,17 +82,26 @@ def _read_or_sample(
 ) -> Windows:
     if path is not None:
         return _read(path, source, length, count)
-    tokenizer = source.tokenizer
-    start = tokenizer.eos_ids[0] if tokenizer.bos_id is None else tokenizer.bos_id
     ids = reference.sample(
         oracle(source),
-        start,
+        _start_of_text(source.tokenizer),
         min(count, 32),
         min(length, _SAMPLED_LENGTH),
         seed,
         progress=lambda done, total: progress("sampling text from the model", done, total),
     )
     return windows_of(ids)
+
+
+def _start_of_text(tokenizer: Tokenizer) -> int:
+    """What a text of the model itself begins with: BOS, or what ended the text before."""
+    if tokenizer.bos_id is None and not tokenizer.eos_ids:
+        raise BadInput(
+            "no text can be sampled from the model",
+            "its tokenizer names neither a BOS nor an EOS token to start from",
+            "give texts: --calibration FILE and --eval FILE",
+        )
+    return tokenizer.eos_ids[0] if tokenizer.bos_id is None else tokenizer.bos_id
 
 
 def _read(path: Path, source: Source, length: int, count: int) -> Windows:

@@ -1,9 +1,9 @@
-"""The peer: the same file with codes by ggml's own kernels, through our reading and writing."""
+"""The peers: the same file with codes by ggml's own kernels, through our reading and writing."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from math import prod
@@ -17,50 +17,71 @@ from slimport.architectures import DecoderConfig
 from slimport.checkpoint import Weights
 from slimport.export.gguf.layout import tensor_infos
 from slimport.export.gguf.metadata import model_metadata
-from slimport.export.gguf.packing import float_bytes, packed_rows, row_order
+from slimport.export.gguf.packing import float_bytes, pack, packed_rows, row_order
 from slimport.export.gguf.vocabulary import vocabulary_metadata
 from slimport.export.gguf.writer import TensorInfo, write_file
 from slimport.quantize.ggml import Type, quantize_rows
-from slimport.quantize.grid import Float32
+from slimport.quantize.grid import INT4_G32, INT8_ROW, Float32
+from slimport.quantize.methods import rtn
 from slimport.quantize.plan import Plan
 from slimport.quantize.store import QuantizedCheckpoint
 from slimport.quantize.tensor import QuantizedTensor
 from slimport.tokenizer import Tokenizer
 
-_BLOCK = 1 << 21  # weights in one block of rows, as in quantizer.py
+_BLOCK = 1 << 20  # weights in one block of rows, as in quantizer.py
 
+Kernel = Callable[[TensorInfo, Float32], NDArray[Any]]
 Imatrix = Mapping[str, Float32]  # mean of x^2 per input, by weight name
 
 
-def quantize_streamed(
+def ggml_kernel(info: TensorInfo, values: Float32) -> NDArray[Any]:
+    """The bytes of some rows by ggml's own quantizer."""
+    return quantize_rows(info.type, values)
+
+
+def our_kernel(info: TensorInfo, values: Float32) -> NDArray[Any]:
+    """The same by `rtn-absmax` and our packer."""
+    grid = INT4_G32 if info.type == Type.Q4_0 else INT8_ROW
+    return pack(rtn.solve(values, grid, search=False))
+
+
+def write_streamed(
     weights: Weights,
     config: DecoderConfig,
     plan: Plan,
     tokenizer: Tokenizer,
     kind: Type,
+    kernel: Kernel,
     path: Path,
     threads: int,
 ) -> None:
     """Read, quantize, write and fsync; Linears become `kind`, tables Q8_0, vectors F32.
 
-    Blocks of rows go through `threads` threads, as in our own export. Two things are spared that
-    an export needs: q and k rows keep the order of the source, and nothing is read back.
+    Blocks of rows go through `threads` threads, as in our own export. What an export needs beside
+    is left out: nothing is hashed, kept or read back, and q and k rows keep their order.
     """
     infos = _typed(config, plan, kind)
     with ThreadPoolExecutor(threads) as pool:
-        data = (_rows(weights, source.weight.name, info, pool, threads)
-                for source, info in zip(plan.choices, infos, strict=True))
+        data = (
+            _blocks(weights, choice.weight.name, info, kernel, pool, threads)
+            for choice, info in zip(plan.choices, infos, strict=True)
+        )
         write_file(path, _metadata(config, plan, tokenizer), infos, data)
 
 
-def _rows(
-    weights: Weights, name: str, info: TensorInfo, pool: ThreadPoolExecutor, threads: int
+def _blocks(
+    weights: Weights,
+    name: str,
+    info: TensorInfo,
+    kernel: Kernel,
+    pool: ThreadPoolExecutor,
+    threads: int,
 ) -> Iterator[NDArray[Any]]:
-    """The blocks of one tensor in order, solved a few ahead in threads."""
+    """The blocks of rows of one tensor in order, solved a few ahead in threads."""
 
     def solve(start: int) -> NDArray[Any]:
         values = weights.rows(name, start, start + step)
-        return values if info.type == Type.F32 else quantize_rows(info.type, values)
+        return values if info.type == Type.F32 else kernel(info, values)
 
     rows, *rest = info.shape
     step = max(1, _BLOCK // prod(rest))

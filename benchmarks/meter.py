@@ -15,6 +15,12 @@ from statistics import median
 _INTERVAL = 0.02  # seconds between two looks at the memory
 
 
+def cache_folder() -> Path:
+    """Where benchmarks keep gigabytes: outside of the repository."""
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache) / "slimport" / "benchmarks"
+
+
 @dataclass(frozen=True, slots=True)
 class Cost:
     """Seconds that passed, and CPU-seconds of this process and its children."""
@@ -37,11 +43,6 @@ def middle(costs: Sequence[Cost]) -> Cost:
 def _cpu_seconds() -> float:
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(usage.ru_utime + usage.ru_stime for usage in used)
-
-
-def settle() -> None:
-    """Write out what earlier work left to the disk, so that the next one does not wait for it."""
-    os.sync()
 
 
 def anonymous() -> int:

@@ -7,7 +7,6 @@ Gaussian weights of deviation 0.02 in bf16, one shard per layer, and a byte-leve
 from __future__ import annotations
 
 import json
-import os
 import zlib
 from itertools import groupby, islice, product
 from pathlib import Path
@@ -25,15 +24,9 @@ _DEVIATION = 0.02
 _BOS, _EOS = "<s>", "</s>"
 
 
-def folder_of_all() -> Path:
-    """Where models of benchmarks are kept: outside of the repository, as they have gigabytes."""
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache) / "slimport" / "benchmarks"
-
-
-def random_llama(layers: int, parent: Path | None = None) -> Path:
-    """The model's folder; written at the first call (2.2 GB with 22 layers)."""
-    folder = (parent or folder_of_all()) / f"random-llama-{layers}"
+def random_llama(layers: int, parent: Path) -> Path:
+    """The model's folder in `parent`; written at the first call (2.2 GB with 22 layers)."""
+    folder = parent / f"random-llama-{layers}"
     if (folder / "config.json").exists():  # written last
         return folder
     folder.mkdir(parents=True, exist_ok=True)

@@ -83,8 +83,13 @@ class Container(Protocol):
     def predict_adapter(self, adapter: Adapter, config: DecoderConfig) -> dict[str, int]:
         """{file name: bytes} of what `write_adapter` would write, to the byte."""
 
-    def write_adapter(self, adapter: Adapter, config: DecoderConfig, folder: Path) -> Path:
-        """Write an adapter for the base of `config` as a file of its own, fsynced."""
+    def write_adapter(
+        self, adapter: Adapter, config: DecoderConfig, folder: Path, scale: float = 1.0
+    ) -> Path:
+        """Write an adapter for the base of `config` as a file of its own, fsynced.
+
+        A runtime that applies the file with scale 1 applies `scale` times the adapter.
+        """
 
     def minimum_runtime(
         self, config: DecoderConfig, tokenizer: Tokenizer, separate: bool

@@ -120,7 +120,8 @@ def _restored(tensors: Iterable[tuple[str, QuantizedTensor | Float32]]) -> Itera
 
 
 def _threads() -> int:
-    return min(len(os.sched_getaffinity(0)), 8)
+    shared = hasattr(os, "sched_getaffinity")  # not everywhere
+    return min(len(os.sched_getaffinity(0)) if shared else os.cpu_count() or 1, 8)
 
 
 @dataclass(frozen=True, slots=True)

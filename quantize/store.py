@@ -44,11 +44,13 @@ class Origin:
         name: the model's name, never a local path.
         base: `sha256:...` of the full-precision base; "" where it is not known.
         adapters: {name: `sha256:...`} of the adapters merged before quantization.
+        scales: {name: factor} on their deltas.
     """
 
     name: str = "model"
     base: str = ""
     adapters: Mapping[str, str] = field(default_factory=dict)
+    scales: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,11 +225,14 @@ def replacing(folder: Path) -> Iterator[Path]:
     with writing(folder):
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-    yield partial
-    with writing(folder):
-        if folder.exists():
-            shutil.rmtree(folder)
-        partial.rename(folder)
+    try:
+        yield partial
+        with writing(folder):
+            if folder.exists():
+                shutil.rmtree(folder)
+            partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 @contextmanager
@@ -295,7 +300,7 @@ def write_metadata(
         by_kind[name in quantized][name] = record.digest
     content = {
         "schema": SCHEMA,
-        "origin": {"name": origin.name, "base": origin.base, "adapters": {**origin.adapters}},
+        "origin": asdict(origin),
         "calibration": calibration,
         "weights_digest": weights_digest(by_kind[True]),
         "float_digest": weights_digest(by_kind[False]),

@@ -353,3 +353,48 @@ def test_kill_at_random_moments(good: Path) -> None:
     assert len(set(versions)) > 2, versions  # some exports came to their end
     export(good, "last")
     assert leftovers(good) == []
+
+
+# ---- work folders ----
+
+
+def test_work_folders_side_by_side_do_not_sweep_each_other(tmp_path: Path) -> None:
+    with bundle.work_folder(tmp_path) as one, bundle.work_folder(tmp_path) as other:
+        assert one != other and one.is_dir()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_run_left_is_swept(tmp_path: Path) -> None:
+    (tmp_path / ".work-dead").mkdir()
+    (tmp_path / ".work-dead" / "oracle.npy").write_bytes(b"x")
+    with bundle.work_folder(tmp_path) as work:
+        assert [path.name for path in tmp_path.iterdir()] == [work.name]
+
+
+@pytest.mark.parametrize("moment", ["before the lock", "with the lock"])
+def test_a_work_folder_that_another_run_swept_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    """Another run sees the folder before it is locked, and takes it for one that was left."""
+    taken = []
+    flock, make = bundle.fcntl.flock, bundle.tempfile.mkdtemp
+
+    def sweep(*_: Any) -> None:
+        if not taken:
+            (folder,) = tmp_path.glob(".work-*")
+            taken.append(folder.rename(tmp_path / "gone"))
+
+    def made(**place: Any) -> str:
+        folder = make(**place)
+        if moment == "before the lock":
+            sweep()
+        return folder
+
+    if moment == "with the lock":
+        monkeypatch.setattr(bundle.fcntl, "flock", lambda *a: (sweep(), flock(*a)))
+    monkeypatch.setattr(bundle.tempfile, "mkdtemp", made)
+    with bundle.work_folder(tmp_path) as work:
+        (work / "here").touch()
+        assert (work / "lock").exists()
+    assert len(taken) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["gone"]

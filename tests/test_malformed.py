@@ -37,8 +37,8 @@ def refused(done: Any, code: int, words: str, output: Path | None = None) -> Non
 
 def left_in(output: Path) -> list[str]:
     """Everything in a folder for bundles but the lock files, which stay."""
-    found = sorted(path.name for path in output.iterdir()) if output.exists() else []
-    return [name for name in found if not (name.startswith(".") and name.endswith(".lock"))]
+    found = [path.name for path in output.iterdir()] if output.exists() else []
+    return [name for name in found if not name.endswith("lock")]
 
 
 def edit_json(name: str, change: Callable[[dict[str, Any]], Any]) -> Damage:

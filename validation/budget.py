@@ -50,11 +50,12 @@ def measured(report: Mapping[str, Any]) -> dict[str, float]:
     footprint = _table(report, "footprint")
     accuracy = _table(_table(report, "accuracy"), "held_out")
     memory = _table(footprint, "memory")
+    anonymous = ["repacked", "kv_cache", "compute", *(["adapter"] if "adapter" in memory else [])]
     found = {
         **{key: footprint.get(key) for key in ("device_bytes", "download_bytes", "model_bytes")},
         **{key: accuracy.get(key) for key in ("kl_mean", "top1")},
-        "memory_bytes": _total(memory, ("mapped", "repacked", "kv_cache", "compute")),
-        "anonymous_bytes": _total(memory, ("repacked", "kv_cache", "compute")),
+        "memory_bytes": _total(memory, ("mapped", *anonymous)),
+        "anonymous_bytes": _total(memory, anonymous),
         "ppl_ratio": ratio(accuracy),
     }
     return {metric: value for metric, value in found.items() if _is_number(value)}

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..errors import ValidationFailed
 from ..tokenizer import Tokenizer
-from .runtime import Runtime
+from .runtime import Runtime, Vocabulary
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,15 +51,17 @@ def check(tokenizer: Tokenizer, file: Path, runtime: Runtime) -> Conformance:
     """Compare `tokenizer` with the tokenizer that `runtime` reads from `file`.
 
     Raises:
-        ValidationFailed: a text has other ids, or the runtime misses an end-of-sequence token.
+        ValidationFailed: a text has other ids, the runtime misses an end-of-sequence token, starts
+            a text otherwise, or has another chat template.
     """
     texts = tokenizer.conformance_texts()
+    read = runtime.vocabulary(file)
     found = compare(
         texts,
         [tokenizer.encode(text) for text in texts],
         runtime.tokenize(file, texts),
         tokenizer.eos_ids,
-        runtime.vocabulary(file).eog,
+        read.eog,
     )
     if found.differences:
         raise _differs(found)
@@ -70,7 +72,25 @@ def check(tokenizer: Tokenizer, file: Path, runtime: Runtime) -> Conformance:
             f" {list(found.missed_stops)}",
             "name every end-of-sequence id in generation_config.json and export again",
         )
+    _refuse_another_start(tokenizer, read)
     return found
+
+
+def _refuse_another_start(tokenizer: Tokenizer, read: Vocabulary) -> None:
+    """What a runtime puts before a prompt by itself; without a BOS it may name any id."""
+    bos = tokenizer.bos_id if tokenizer.bos_id is not None else read.bos
+    pairs = (
+        ("puts BOS before a text", tokenizer.adds_bos, read.adds_bos),
+        ("has the BOS id", bos, read.bos),
+        ("has the chat template", tokenizer.chat_template or None, read.chat_template),
+    )
+    for what, expected, got in pairs:
+        if expected != got:
+            raise ValidationFailed(
+                f"the runtime {what}: {got!r:.80}",
+                f"the source tokenizer says {expected!r:.80}",
+                "export again; if it stays, report it with the model's tokenizer_config.json",
+            )
 
 
 def compare(

@@ -110,7 +110,9 @@ def judge(case: Case, runtime: Runtime, work: Path, progress: Progress) -> Judge
     golden = runtime.generate(
         case.file, prompts, GOLDEN_TOKENS, kv_cache=case.kv_cache, adapter=case.adapter
     )
-    expected = reference.generate(case.oracle, prompts, GOLDEN_TOKENS)
+    expected = reference.generate(
+        case.oracle, prompts, GOLDEN_TOKENS, eos_ids=case.tokenizer.eos_ids
+    )
     return Judgement(
         accuracy=accuracy,
         quantization=parts[0],
@@ -121,6 +123,7 @@ def judge(case: Case, runtime: Runtime, work: Path, progress: Progress) -> Judge
             case.context,
             case.prompt_lengths,
             kv_cache=case.kv_cache,
+            adapter=case.adapter,
             progress=_stage(progress, "speed", "by prompt length"),
         ),
         golden=dict(zip(case.prompts, golden, strict=True)),
@@ -138,6 +141,7 @@ def golden_json(judgement: Judgement, case: Case) -> dict[str, Any]:
     return {
         "schema": "slimport.golden/1",
         "kv_cache": case.kv_cache,
+        "adapter": case.adapter and case.adapter.name,
         "prompts": [
             {
                 "text": text,

@@ -30,6 +30,7 @@ MEMORY = {
     "repacked": "weights, repacked for the processor",
     "kv_cache": "KV cache",
     "compute": "compute buffers",
+    "adapter": "separate adapter",
 }
 CONTAINERS = {"gguf": "GGUF", "onnx": "ONNX", "coreml": "Core ML", "executorch": "ExecuTorch"}
 

@@ -47,6 +47,7 @@ class Subject:
         samples: "prompt", "reference" and "artifact": greedy text of both.
         inputs, tools: as in the manifest.
         findings: of targets.limits.
+        not_judged: in words, what ships and was not run here.
     """
 
     model: Mapping[str, Any]
@@ -63,6 +64,7 @@ class Subject:
     inputs: Mapping[str, Any] = field(default_factory=dict)
     tools: Mapping[str, str] = field(default_factory=dict)
     findings: Sequence[Finding] = ()
+    not_judged: Sequence[str] = ()
 
 
 def build(subject: Subject, judgement: Judgement, codes_equal: bool) -> dict[str, Any]:
@@ -95,7 +97,7 @@ def build(subject: Subject, judgement: Judgement, codes_equal: bool) -> dict[str
         "inputs": dict(subject.inputs),
         "tools": dict(subject.tools),
         "executed": [f"the shipped file in {subject.runtime} on {platform.machine()}"],
-        "not_executed": [not_executed(subject.target)],
+        "not_executed": [not_executed(subject.target), *subject.not_judged],
     }
     budgets = budget.check(report, subject.limits)
     report["budgets"] = [one.to_json() for one in budgets]

@@ -50,24 +50,28 @@ class Memory:
         repacked: weights copied into another layout for this CPU (anonymous).
         kv_cache: keys and values at the full context (anonymous).
         compute: activations and logits (anonymous).
+        adapter: a separate adapter's weights, copied from its file (anonymous).
     """
 
     mapped: int
     repacked: int
     kv_cache: int
     compute: int
+    adapter: int = 0
 
     @property
     def anonymous(self) -> int:
         """Bytes that a system cannot evict, only swap."""
-        return self.repacked + self.kv_cache + self.compute
+        return self.repacked + self.kv_cache + self.compute + self.adapter
 
     @property
     def total(self) -> int:
         return self.mapped + self.anonymous
 
     def to_json(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in self.__slots__}
+        """By name; without `adapter` where there is none."""
+        parts = {name: getattr(self, name) for name in self.__slots__}
+        return parts if self.adapter else {k: v for k, v in parts.items() if k != "adapter"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,6 +166,7 @@ class Runtime(Protocol):
         prompt_lengths: Sequence[int],
         *,
         kv_cache: str = "f16",
+        adapter: Path | None = None,
         progress: Progress | None = None,
     ) -> Measurements:
         """Speed and memory at a context length, on this machine."""

@@ -32,18 +32,22 @@ def predict_adapter(adapter: Adapter, config: DecoderConfig) -> dict[str, int]:
     return {f"{adapter.name}.gguf": size}
 
 
-def write_adapter(adapter: Adapter, config: DecoderConfig, folder: Path) -> Path:
+def write_adapter(
+    adapter: Adapter, config: DecoderConfig, folder: Path, scale: float = 1.0
+) -> Path:
     """Write and fsync `NAME.gguf`, a LoRA for the base of `config`, in float32.
 
     llama.cpp scales b @ a by alpha / rank, with one alpha for the file and the rank of each tensor.
-    So alpha is the largest rank, and what is left of each true scale goes into b.
+    So alpha is the largest rank, and what is left of each true scale goes into b, times `scale`.
 
     Raises:
         Unsupported: the adapter is more than an addition to matrices of the base.
     """
     refuse_adapter(adapter)
     pairs, path = _pairs(adapter, config), folder / f"{adapter.name}.gguf"
-    write_file(path, _metadata(adapter, config), _infos(pairs), _data(adapter, config, pairs))
+    write_file(
+        path, _metadata(adapter, config), _infos(pairs), _data(adapter, config, pairs, scale)
+    )
     return path
 
 
@@ -75,7 +79,7 @@ def _infos(pairs: list[tuple[Weight, Delta]]) -> list[TensorInfo]:
 
 
 def _data(
-    adapter: Adapter, config: DecoderConfig, pairs: list[tuple[Weight, Delta]]
+    adapter: Adapter, config: DecoderConfig, pairs: list[tuple[Weight, Delta]], scale: float
 ) -> Iterator[tuple[Float32]]:
     alpha = max(adapter.ranks)
     for weight, delta in pairs:
@@ -83,6 +87,6 @@ def _data(
         first, second = delta.a, delta.b if order is None else delta.b[order]
         if delta.embedding:
             first, second = delta.b, delta.a.T
-        scaled = second * np.float32(delta.scale * delta.rank / alpha)
+        scaled = second * np.float32(scale * delta.scale * delta.rank / alpha)
         yield (np.ascontiguousarray(first, "<f4"),)
         yield (np.ascontiguousarray(scaled, "<f4"),)

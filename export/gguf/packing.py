@@ -17,7 +17,7 @@ from gguf import GGMLQuantizationType as Type
 from ...architectures import DecoderConfig, Kind, Weight
 from ...errors import Unsupported
 from ...quantize.compiled import compiled
-from ...quantize.grid import Float32, Int8
+from ...quantize.grid import Float32
 from ...quantize.tensor import QuantizedTensor
 from .writer import TensorInfo
 

@@ -22,7 +22,7 @@ from ...architectures import DecoderConfig, Kind, Weight, weights
 from ...errors import BadInput
 from ...quantize.compiled import compiled
 from ...quantize.ggml import Type
-from ...quantize.grid import GRIDS, Float32, Grid, Int8
+from ...quantize.grid import GRIDS, Float32, Grid
 from ...quantize.tensor import QuantizedTensor
 
 UInt8 = npt.NDArray[np.uint8]

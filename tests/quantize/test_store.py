@@ -199,6 +199,7 @@ def test_a_failed_run_leaves_the_old_one(finished, tmp_path):
         (partial / "half").touch()
         raise ZeroDivisionError
     assert QuantizedCheckpoint.open(folder) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_a_place_that_cannot_be_written(finished, tmp_path):

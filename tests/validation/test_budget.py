@@ -37,6 +37,12 @@ def test_every_metric_is_measured() -> None:
     assert measured(REPORT).keys() == METRICS.keys()
 
 
+def test_a_separate_adapter_is_anonymous_memory() -> None:
+    memory = {**REPORT["footprint"]["memory"], "adapter": 5000}
+    found = measured({**REPORT, "footprint": {**REPORT["footprint"], "memory": memory}})
+    assert (found["memory_bytes"], found["anonymous_bytes"]) == (6234, 5234)
+
+
 @pytest.mark.parametrize(
     ("metric", "limit", "ok"),
     [

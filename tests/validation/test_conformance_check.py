@@ -19,6 +19,10 @@ class Fake:
     eos_ids: tuple[int, ...] = (2, 7)
     eog: tuple[int, ...] = (2, 7)
     wrong: tuple[str, ...] = ()
+    bos_id: int | None = None
+    adds_bos: bool = False
+    chat_template: str | None = None
+    read: tuple = (None, False, None)  # BOS, whether it is added, template: as the runtime has them
 
     def conformance_texts(self):
         return ["hello", " hello", "a\x00b", ""]
@@ -30,7 +34,7 @@ class Fake:
         return [[0] if text in self.wrong else [*text.encode()] for text in texts]
 
     def vocabulary(self, file):
-        return Vocabulary(256, self.eog, None, False, None)
+        return Vocabulary(256, self.eog, *self.read)
 
 
 def check(fake):
@@ -57,6 +61,23 @@ def test_a_stop_that_the_runtime_misses_fails():
 def test_stops_that_the_runtime_adds_are_told():
     found = check(Fake(eos_ids=(2,)))
     assert found.conforms and found.further_stops == (7,)
+
+
+@pytest.mark.parametrize(
+    ("source", "read", "what"),
+    [
+        ({"bos_id": 1, "adds_bos": True}, (1, False, None), "puts BOS"),
+        ({"bos_id": 1}, (11, False, None), "BOS id: 11"),
+        ({"chat_template": "{{ a }}"}, (None, False, "{{ b }}"), "chat template"),
+    ],
+)
+def test_another_start_fails(source, read, what):
+    with pytest.raises(ValidationFailed, match=what):
+        check(Fake(**source, read=read))
+
+
+def test_a_bos_that_the_source_does_not_have_is_not_compared():
+    assert check(Fake(read=(11, False, None))).conforms
 
 
 def test_compare_keeps_every_difference():

@@ -109,6 +109,7 @@ def measure(
     *,
     generated: int = 64,
     kv_cache: str = "f16",
+    adapter: Path | None = None,
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> Measurements:
@@ -121,7 +122,8 @@ def measure(
         ValidationFailed: llama.cpp refuses the file, crashes, or logs no buffer sizes.
     """
     arguments: dict[str, Any] = {"context": context, "prompt_lengths": list(prompt_lengths)}
-    arguments |= {"generated": max(2, generated), "kv_cache": kv_cache} | _threads(threads)
+    arguments |= {"generated": max(2, generated), "kv_cache": kv_cache}
+    arguments |= _adapter(adapter, 1.0) | _threads(threads)
     found = _call("measure", file, progress, **arguments)
     return Measurements(
         speed=tuple(Speed(**speed) for speed in found["speed"]),
@@ -140,6 +142,7 @@ def _memory(buffers: dict[str, int]) -> Memory:
         repacked=total("CPU_REPACK model"),
         kv_cache=total("KV"),
         compute=total("compute", "output"),
+        adapter=total("LoRA"),
     )
     if not (memory.mapped and memory.kv_cache and memory.compute):
         raise ValidationFailed(

@@ -189,11 +189,15 @@ def _measure(
     generated: int,
     kv_cache: str,
     threads: int,
+    adapter: str | None,
+    scale: float,
 ) -> dict[str, Any]:
     library()
     anon, mapped = _rss()
     model = _Model(file)
     model.open(context, min(context, 512), kv_cache, threads)
+    if adapter is not None:
+        model.attach(adapter, scale)
     tokens = np.random.default_rng(0).integers(model.vocab_size, size=context).tolist()
     model.prompt(tokens[: min(32, context)])  # the first decode reads the file: not timed
     fitting = [length for length in prompt_lengths if length + 2 <= context]

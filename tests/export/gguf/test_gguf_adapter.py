@@ -91,6 +91,21 @@ def test_llama_cpp_applies_what_peft_trained(
     assert np.abs(plain - expected).max() > 0.1  # the adapter does something
 
 
+def test_memory_counts_a_separate_adapter(tiny_llama: Path, in_memory: Any, tmp_path: Path) -> None:
+    trained(tiny_llama, tmp_path / "peft", {"target_modules": ["v_proj", "down_proj"], "r": 64})
+    model = in_memory(tiny_llama)
+    (base,) = gguf.write(model, Tokenizer.open(tiny_llama), tmp_path)
+    file = gguf.write_adapter(
+        loaded(tiny_llama, tmp_path / "peft", model.decoder), model.decoder, tmp_path
+    )
+    alone = llamacpp.measure(base, 64, [16], generated=2, threads=1).memory
+    beside = llamacpp.measure(base, 64, [16], generated=2, threads=1, adapter=file).memory
+    stored = sum(tensor.rows.nbytes for tensor in open_gguf(file).tensors.values())
+    assert alone.adapter == 0 and "adapter" not in alone.to_json()
+    assert abs(beside.adapter - stored) <= 0.005 * 2**20 + 1  # the log says 0.01 MiB
+    assert beside.anonymous >= alone.anonymous + beside.adapter
+
+
 def test_alpha_over_rank_is_one_where_all_ranks_are_equal(
     tiny_llama: Path, in_memory: Any, tmp_path: Path
 ) -> None:
@@ -104,6 +119,23 @@ def test_alpha_over_rank_is_one_where_all_ranks_are_equal(
     delta = adapter.deltas["model.layers.0.self_attn.k_proj.weight"]
     stored = file.tensors["blk.0.attn_k.weight.lora_b"].rows.view("<f4")
     np.testing.assert_array_equal(stored[:4], 3 * delta.b[[0, 8, 1, 9]])  # rotary pairs together
+
+
+def test_the_factor_of_the_command_line_is_in_the_file(
+    tiny_llama: Path, in_memory: Any, tmp_path: Path
+) -> None:
+    """llama.cpp, README.md and the judge all apply a separate adapter with scale 1."""
+    trained(tiny_llama, tmp_path, {"target_modules": ["v_proj"], "r": 4, "lora_alpha": 12})
+    model = in_memory(tiny_llama)
+    adapter = loaded(tiny_llama, tmp_path, model.decoder)
+    (tmp_path / "half").mkdir()
+    files = (
+        open_gguf(gguf.write_adapter(adapter, model.decoder, tmp_path)),
+        open_gguf(gguf.write_adapter(adapter, model.decoder, tmp_path / "half", 0.5)),
+    )
+    whole, half = (file.tensors["blk.0.attn_v.weight.lora_b"].rows.view("<f4") for file in files)
+    np.testing.assert_array_equal(half, whole / 2)
+    assert np.abs(whole).max() > 0
 
 
 @pytest.mark.parametrize(
