@@ -21,6 +21,10 @@ from .source import Source
 from .targets.target import Target
 
 TOOLS = ("slimport", "torch", "transformers", "peft", "numpy", "numba", "gguf", "xllamacpp")
+_NFC = (
+    "\nText must be in Unicode's NFC: the model's tokenizer normalizes it and llama.cpp does not"
+    " (`java.text.Normalizer` does)."
+)
 SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 
@@ -74,6 +78,7 @@ def write_tokenizer_notes(source: Source, golden: dict[str, Any] | None, folder:
         "eos_ids": list(tokenizer.eos_ids),
         "stop_strings": stops(source),
         "chat_template": tokenizer.chat_template,
+        "normalization": "NFC" if tokenizer.scheme.nfc else None,
     }
     (target / "generation.json").write_bytes(canonical_json(notes))
     if golden is not None:
@@ -143,6 +148,7 @@ def write_readme(
         "context": str(target.context_length),
         "sampling": ", ".join(f"{key} {value}" for key, value in settings.items()) or "none",
         "stops": ", ".join(repr(stop) for stop in stops(source)),
+        "normalization": _NFC if source.tokenizer.scheme.nfc else "",
     }
     names = [path.relative_to(folder).as_posix() for path in files.adapters]
     (folder / "README.md").write_text(container.readme(fields, names), encoding="utf-8")

@@ -111,6 +111,7 @@ class Checkpoint:
         if not folder.is_dir():
             raise UsageError(f"{folder} is not a folder", "a model is a folder", "give its folder")
         _check_files(folder)
+        _refuse_adapter(folder)
         config = read_json(folder / "config.json")
         return cls(folder, config, name, commit, MappingProxyType(_read_headers(folder)))
 
@@ -376,6 +377,16 @@ def _check_files(folder: Path) -> None:
                 f"{path.name} is not a file", "it is a folder or a broken link", f"mend {path}"
             )
         refuse_lfs_pointer(path)
+
+
+def _refuse_adapter(folder: Path) -> None:
+    """transformers would run the adapter, on another base, wherever this folder is opened."""
+    if (folder / "adapter_config.json").exists():
+        raise BadInput(
+            f"{folder.name} holds an adapter (adapter_config.json)",
+            "a model and an adapter are folders of their own",
+            "give the base as MODEL and this folder with --adapter NAME=PATH",
+        )
 
 
 def _download(name: str, revision: str | None, offline: bool) -> Path:

@@ -172,6 +172,22 @@ def _lengths(value: Any, place: Place) -> tuple[int, ...]:
     return tuple(whole(part, place) for part in value)
 
 
+def _isa(value: Any, place: Place) -> tuple[str, ...]:
+    found = list_of_names(value, place)
+    for feature in found:
+        if feature not in ISA:  # it would change no prediction, and nobody would know
+            raise wrong(place, feature, f"one of {', '.join(ISA)}")
+    return found
+
+
+def _kv_cache(value: Any, place: Place) -> str:
+    if value not in KV_CACHES:
+        raise wrong(place, value, f"one of {', '.join(KV_CACHES)}")
+    return str(value)
+
+
+ISA = ("arm64", "dotprod", "i8mm", "sve", "avx2", "avx512")
+KV_CACHES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
 LIMITS = ("store_module", "store_pack", "store_packs_total", "page")
 _KEYS: dict[str, Reader] = {
     "extends": text,
@@ -179,8 +195,8 @@ _KEYS: dict[str, Reader] = {
     "platform": text,
     "containers": list_of_names,
     "context_length": whole,
-    "isa": list_of_names,
-    "kv_cache": text,
+    "isa": _isa,
+    "kv_cache": _kv_cache,
     "prompt_lengths": _lengths,
     "budgets": _budgets,
     "limits": _limits,

@@ -234,8 +234,8 @@ def test_missing_and_misshapen_tensors() -> None:
     bent = found | {name: np.zeros((8, 15), np.float32)}
     with pytest.raises(BadInput, match=rf"{name} has shape \(8, 15\), config.json says \(8, 16\)"):
         check_weights(config, Arrays(bent))
-    many = decoder_config(LLAMA | {"num_hidden_layers": 10**12})
-    with pytest.raises(BadInput, match="too few for 1000000000000 layers"):
+    many = decoder_config(LLAMA | {"num_hidden_layers": 10**9})
+    with pytest.raises(BadInput, match="too few for 1000000000 layers"):
         check_weights(many, Arrays(found))
 
 

@@ -242,3 +242,45 @@ def test_sampling_needs_a_token_to_start_from(tiny_qwen2: Path, run: Run, tmp_pa
         model = edited(model, tmp_path / str(index), name, nameless)
     done = run("quantize", model, "--method", "gptq", "-q", "-o", tmp_path / "q")
     assert done.code == 7 and "--calibration" in done.err
+
+
+def test_a_model_folder_with_an_adapter_in_it_is_refused(
+    tiny_llama: Path, lora: Path, run: Run, tmp_path: Path
+) -> None:
+    """transformers would load the adapter's base in place of this one."""
+    both = shutil.copytree(tiny_llama, tmp_path / "both")
+    shutil.copy(lora / "adapter_config.json", both)
+    for model in (both, lora):
+        done = run("inspect", model)
+        assert done.code == 7 and "--adapter" in done.err
+
+
+@pytest.mark.parametrize(
+    "words", ['isa = ["arm64", "dotprd"]', 'kv_cache = "q9_0"'], ids=["isa", "kv_cache"]
+)
+def test_a_typing_error_in_a_target_is_refused_before_any_work(
+    tiny_llama: Path, run: Run, tmp_path: Path, words: str
+) -> None:
+    target = tmp_path / "own.toml"
+    target.write_text(f'extends = "android"\n{words}\n')
+    done = run("export", tiny_llama, "--target", target, *RTN, "-o", tmp_path / "dist")
+    assert done.code == 2 and "own.toml" in done.err
+    assert not (tmp_path / "dist").exists()
+
+
+# ---- what the device must do ----
+
+
+def test_the_readme_says_what_the_runtime_does_not_do(
+    tiny_qwen2: Path, tiny_llama: Path, lora: Path, run: Run, tmp_path: Path
+) -> None:
+    assert run("export", tiny_qwen2, *PLAIN, "-o", tmp_path / "qwen").code == 0
+    words = (tmp_path / "qwen/android/README.md").read_text()
+    notes = json.loads((tmp_path / "qwen/android/tokenizer/generation.json").read_text())
+    assert "NFC" in words and notes["normalization"] == "NFC"
+    assert "--lora" not in words and "$" not in words
+    beside = ["--adapter", f"tone={lora}", "--adapter-mode", "separate"]
+    assert run("export", tiny_llama, *PLAIN, *beside, "-o", tmp_path / "llama").code == 0
+    words = (tmp_path / "llama/android/README.md").read_text()
+    assert "adb push adapters/tone.gguf" in words and "--lora tone.gguf" in words
+    assert "NFC" not in words

@@ -1,158 +1,19 @@
 """A generative grammar of short animal stories whose entropy is known exactly, story by story.
 
-The grammar is a program, `tell`, that makes choices through a `Teller`. `Sampler` draws the choices
-at random, `Reader` recovers them from a finished text. Both add up the same log-probability. Every
-choice shows at once in the text and its options are prefix-free, so a text has one derivation at
-most, and the mean of `-log p` over samples estimates the entropy of the texts themselves.
+`tell` is the grammar: introduction, habit, one of seven plots, a helper, a happy or a sad turn,
+close. `sample` draws a story with its log-probability and `read` recovers both from a text.
 """
 
 # SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import lru_cache
-from typing import Protocol
+from dataclasses import dataclass
 
 import words as w
-
-
-Shape = Callable[[str], str]
-
-
-class AmbiguousError(ValueError):
-    """A choice whose options do not show which of them was taken, or a text outside the grammar."""
-
-
-@lru_cache(maxsize=4096)
-def require_prefix_free(options: tuple[str, ...]) -> None:
-    """Raise AmbiguousError if one option is a prefix of another (sorted neighbours tell)."""
-    ordered = sorted(options)
-    for shorter, longer in zip(ordered, ordered[1:], strict=False):
-        if longer.startswith(shorter):
-            raise AmbiguousError(f"option {shorter!r} is a prefix of option {longer!r}")
-
-
-class Teller(Protocol):
-    """What `tell` needs: fixed text, visible choices and branches."""
-
-    gap: str
-
-    def say(self, text: str) -> None:
-        """Emit text that carries no choice."""
-
-    def allowed(self, options: Sequence[str], slot: str) -> tuple[str, ...]:
-        """The options, or the one that is fixed for this slot."""
-
-    def pick(self, options: Sequence[str], slot: str = "", shape: Shape = str) -> str:
-        """Choose one option with equal probability and emit `shape(option)`; return the option.
-
-        `slot` names the choice, so that it can be fixed.
-        """
-
-    def fork(self, weights: Sequence[float], openers: Sequence[Sequence[str]], slot: str) -> int:
-        """Choose a branch; branch i must go on by emitting one of openers[i]."""
-
-
-@dataclass
-class _Choices:
-    """Log-probability in nats of the choices made so far, and the choices fixed in advance.
-
-    `fixed` maps a slot to the option (or branch index) it must take. A fixed choice costs nothing:
-    the probability is conditional on it. `gap` stands between the sections of a story.
-    """
-
-    fixed: Mapping[str, str | int] = field(default_factory=dict)
-    gap: str = " "
-    log_probability: float = 0.0
-    taken: dict[str, str | int] = field(default_factory=dict)
-
-    def _record(self, slot: str, value: str | int, probability: float) -> None:
-        if slot:
-            self.taken[slot] = value
-        if slot not in self.fixed:
-            self.log_probability += math.log(probability)
-
-    def allowed(self, options: Sequence[str], slot: str) -> tuple[str, ...]:
-        """The options, or the one that is fixed for this slot."""
-        if slot and slot in self.fixed:
-            return (str(self.fixed[slot]),)
-        return tuple(options)
-
-
-@dataclass
-class Sampler(_Choices):
-    """Draws a story; `text` is the story so far."""
-
-    rng: random.Random = field(default_factory=random.Random)
-    text: str = ""
-    _due: tuple[str, ...] = ()
-
-    def say(self, text: str) -> None:
-        """Emit text, which must keep the promise of the last fork."""
-        if self._due and not any(text.startswith(opener) for opener in self._due):
-            raise AmbiguousError(f"{text!r} follows a fork that promised one of {self._due}")
-        self._due = ()
-        self.text += text
-
-    def pick(self, options: Sequence[str], slot: str = "", shape: Shape = str) -> str:
-        """Draw one option."""
-        require_prefix_free(tuple(options))
-        option = self.rng.choice(self.allowed(options, slot))
-        self.say(shape(option))
-        self._record(slot, option, 1 / len(options))
-        return option
-
-    def fork(self, weights: Sequence[float], openers: Sequence[Sequence[str]], slot: str) -> int:
-        """Draw one branch."""
-        require_prefix_free(tuple(text for branch in openers for text in branch))
-        if slot in self.fixed:
-            branch = int(self.fixed[slot])
-        else:
-            branch = self.rng.choices(range(len(weights)), weights)[0]
-        self._due = tuple(openers[branch])
-        self._record(slot, branch, weights[branch] / sum(weights))
-        return branch
-
-
-@dataclass
-class Reader(_Choices):
-    """Recovers the choices from `text`; `position` is the end of what has been read."""
-
-    text: str = ""
-    position: int = 0
-
-    def say(self, text: str) -> None:
-        """Require the given text here."""
-        if not self.text.startswith(text, self.position):
-            found = self.text[self.position : self.position + 40]
-            raise AmbiguousError(f"expected {text!r} at {self.position}, found {found!r}")
-        self.position += len(text)
-
-    def pick(self, options: Sequence[str], slot: str = "", shape: Shape = str) -> str:
-        """Find the one option that the text goes on with."""
-        here = self.position
-        found = [o for o in self.allowed(options, slot) if self.text.startswith(shape(o), here)]
-        if len(found) != 1:
-            raise AmbiguousError(f"{len(found)} options fit at {here} of {self.text!r}")
-        self.position += len(found[0])
-        self._record(slot, found[0], 1 / len(options))
-        return found[0]
-
-    def fork(self, weights: Sequence[float], openers: Sequence[Sequence[str]], slot: str) -> int:
-        """Find the one branch that the text goes on with."""
-        here = self.position
-        fits = [any(self.text.startswith(text, here) for text in branch) for branch in openers]
-        if sum(fits) != 1:
-            raise AmbiguousError(f"{sum(fits)} branches fit at {here} of {self.text!r}")
-        branch = fits.index(True)
-        if slot in self.fixed and branch != self.fixed[slot]:
-            raise AmbiguousError(f"{slot} must take branch {self.fixed[slot]}, found {branch}")
-        self._record(slot, branch, weights[branch] / sum(weights))
-        return branch
+from telling import AmbiguousError, Reader, Sampler, Teller
 
 
 @dataclass(frozen=True)
@@ -174,12 +35,18 @@ class Character:
         return "his" if self.name in w.HE_NAMES else "her"
 
 
-@dataclass(frozen=True)
+@dataclass
 class Scene:
-    """What a plot may refer back to."""
+    """What later sentences refer back to; the helper joins in the middle."""
 
     hero: Character
     place: str
+    helper: Character | None = None
+
+    def meet(self, t: Teller, complaint: str) -> Character:
+        """Bring in the helper, to whom the hero complains."""
+        self.helper = meet(t, self.hero, complaint)
+        return self.helper
 
 
 HAPPY, SAD = 0, 1
@@ -277,7 +144,10 @@ def meet(t: Teller, hero: Character, complaint: str) -> Character:
     t.pick(w.SAID)
     t.say(f' {hero.name}. "')
     t.pick(w.OFFERS)
-    t.say(f'," said the {helper.animal}.')
+    t.say('," said ')
+    by_kind = f"the {helper.animal}"
+    t.say((helper.name, by_kind)[t.fork([9, 1], [(helper.name,), (by_kind,)], "speaker")])
+    t.say(".")
     return helper
 
 
@@ -306,19 +176,254 @@ def turn(t: Teller) -> int:
     return mood
 
 
-def close(t: Teller, hero: Character, helper: Character, mood: int) -> None:
-    """How the hero felt and whether the two became friends."""
+def close(t: Teller, scene: Scene, mood: int) -> None:
+    """How the hero felt, and whether the two became friends."""
+    hero, helper = scene.hero, scene.helper
+    assert helper is not None, "every plot brings in a helper"
     feelings, actions = ((w.HAPPY_FEELINGS, w.HAPPY_ACTIONS), (w.SAD_FEELINGS, w.SAD_ACTIONS))[mood]
-    by_name, by_kind = f" {hero.name} was so ", f" The {hero.trait} {hero.animal} "
-    if t.fork([1, 1], [(by_name,), (by_kind,)], "reaction") == 0:
-        t.say(by_name)
+    subjects = (
+        f" {hero.name} was so ",
+        f" {capital(hero.he)} ",
+        f" The {hero.trait} {hero.animal} ",
+    )
+    form = t.fork([5, 4, 1], [(subject,) for subject in subjects], "reaction")
+    t.say(subjects[form])
+    if form == 0:
         t.pick(feelings)
         t.say(f" that {hero.he} ")
-    else:
-        t.say(by_kind)
     t.pick(actions)
     t.say(".")
     friends = f" From that day on, {hero.name} and {helper.name} "
     if t.fork([1, 1], [(friends,), (" So ", " That ")], "friends") == 0:
         t.say(friends)
-        t.pick(("were best friends", "met every ", "shared ", "never quarreled")[mood * 2 :][:2])
+        t.pick((w.HAPPY_BONDS, w.SAD_BONDS)[mood])
+        t.say(".")
+
+
+def lesson(t: Teller, scene: Scene, arc: str, mood: int) -> None:
+    """The last sentence: a moral that fits plot and mood, or the stars over the first place."""
+    moral = f" So {scene.hero.name} learned that "
+    if t.fork([1, 1], [(" That night, ",), (moral,)], "moral") == 1:
+        t.say(moral)
+        t.pick(w.MORALS[arc][mood])
+    else:
+        t.say(" That night, the stars shone ")
+        t.pick(w.SHONE)
+        t.say(f" {scene.place}")
+    t.say(".")
+
+
+def lost(t: Teller, scene: Scene) -> int:
+    """A thing cannot be found."""
+    hero = scene.hero
+    t.say(f" could not find {hero.his} ")
+    t.pick(w.ADJECTIVES)
+    t.say(" ")
+    thing = t.pick(w.OBJECTS)
+    t.say(f". {capital(hero.he)} looked ")
+    first = t.pick(w.SPOTS)
+    t.say(" and ")
+    second = t.pick(without(w.SPOTS, first))
+    t.say(", but it was not there.")
+    scene.meet(t, f"My {thing} is gone!")
+    t.say(" Together they searched ")
+    third = t.pick(without(w.SPOTS, first, second))
+    t.say(".")
+    if (mood := turn(t)) == HAPPY:
+        t.say(f"they found the {thing} ")
+        t.pick(without(w.SPOTS, first, second, third))
+    else:
+        t.say(f"the {thing} ")
+        t.pick(w.GONE)
+    return mood
+
+
+def broken(t: Teller, scene: Scene) -> int:
+    """A thing breaks."""
+    hero = scene.hero
+    t.say(" ")
+    t.pick(w.ACCIDENTS)
+    t.say(f" {hero.his} ")
+    t.pick(w.ADJECTIVES)
+    t.say(" ")
+    thing = t.pick(w.OBJECTS)
+    t.say(", and it broke.")
+    helper = scene.meet(t, f"My {thing} is broken!")
+    t.say(f" {helper.name} brought ")
+    t.pick(w.TOOLS)
+    t.say(".")
+    mood = turn(t)
+    t.say(f"the {thing} ")
+    t.pick((w.MENDED, w.RUINED)[mood])
+    return mood
+
+
+def stuck(t: Teller, scene: Scene) -> int:
+    """The hero is trapped."""
+    hero = scene.hero
+    t.say(" chased a ")
+    t.pick(w.CHASES)
+    t.say(" and got stuck ")
+    t.pick(w.TRAPS)
+    t.say(".")
+    helper = scene.meet(t, "I cannot get out!")
+    t.say(f" {helper.name} fetched ")
+    tool = t.pick(w.RESCUES)
+    t.say(".")
+    if (mood := turn(t)) == HAPPY:
+        t.say(f"{hero.name} ")
+        t.pick(w.FREED)
+    else:
+        t.say(f"the {tool.removeprefix('a ')} ")
+        t.pick(w.FAILED)
+    return mood
+
+
+def visit(t: Teller, scene: Scene) -> int:
+    """The road to a relative is blocked."""
+    hero = scene.hero
+    t.say(f" set out to visit {hero.his} ")
+    relative = t.pick(w.RELATIVES)
+    t.say(" ")
+    t.pick(without(w.PLACES, scene.place))
+    t.say(", but ")
+    t.pick(w.OBSTACLES)
+    t.say(" was in the way.")
+    helper = scene.meet(t, f"I cannot reach my {relative}!")
+    t.say(f" {helper.name} knew ")
+    way = t.pick(w.DETOURS)
+    t.say(".")
+    if (mood := turn(t)) == HAPPY:
+        t.say(f"they all sat down with the {relative} and ate ")
+        t.pick(w.FOODS)
+    else:
+        t.say(f"the {way.removeprefix('a ')} ")
+        t.pick(w.CLOSED)
+    return mood
+
+
+def noise(t: Teller, scene: Scene) -> int:
+    """Something makes a noise."""
+    hero = scene.hero
+    t.say(" heard a ")
+    t.pick(w.NOISES)
+    t.say(" noise ")
+    spot = t.pick(w.SPOTS)
+    t.say(f". {capital(hero.he)} thought that it was a ")
+    monster = t.pick(w.MONSTERS)
+    t.say(".")
+    helper = scene.meet(t, f"There is a {monster} {spot}!")
+    t.say(f" {helper.name} lit a ")
+    t.pick(w.LIGHTS)
+    t.say(" and went to look.")
+    if (mood := turn(t)) == HAPPY:
+        t.say("it was only ")
+        t.pick(w.CULPRITS)
+    else:
+        t.say(f"they saw a shadow and ran, and the {monster} kept {hero.his} ")
+        t.pick(w.OBJECTS)
+    return mood
+
+
+def contest(t: Teller, scene: Scene) -> int:
+    """The hero takes part in a contest."""
+    hero = scene.hero
+    t.say(" entered ")
+    event = t.pick(w.CONTESTS)
+    t.say(f". {capital(hero.he)} practiced ")
+    first = t.pick(w.PRACTICES)
+    t.say(" and ")
+    t.pick(without(w.PRACTICES, first))
+    t.say(".")
+    helper = scene.meet(t, f"I will never win {event}!")
+    t.say(f" {helper.name} shared some ")
+    t.pick(w.FOODS)
+    t.say(" and a good trick.")
+    mood = turn(t)
+    t.say(f"{hero.name} {('won', 'lost')[mood]} {event} and got {('a', 'only a')[mood]} ")
+    t.pick(w.ADJECTIVES)
+    t.say(" ")
+    t.pick(w.OBJECTS)
+    return mood
+
+
+def gift(t: Teller, scene: Scene) -> int:
+    """A present cannot be bought."""
+    hero = scene.hero
+    t.say(f" wanted to give {hero.his} ")
+    relative = t.pick(w.RELATIVES)
+    t.say(" a ")
+    t.pick(w.ADJECTIVES)
+    t.say(" ")
+    thing = t.pick(w.OBJECTS)
+    t.say(" for the ")
+    t.pick(w.OCCASIONS)
+    t.say(", but ")
+    t.pick(w.SHOPS)
+    t.say(".")
+    helper = scene.meet(t, f"I have no {thing} for my {relative}!")
+    t.say(f" {helper.name} and {hero.name} made ")
+    food = t.pick(w.FOODS)
+    t.say(" instead.")
+    mood = turn(t)
+    t.say(f"the {relative} ")
+    t.say((f"loved the {food}", f"hated the {food}")[mood])
+    return mood
+
+
+# plot -> (what the sentence goes on with after the hero's name, the plot)
+PLOTS: dict[str, tuple[tuple[str, ...], Callable[[Teller, Scene], int]]] = {
+    "lost": ((" could not",), lost),
+    "broken": (tuple(f" {accident}" for accident in w.ACCIDENTS), broken),
+    "stuck": ((" chased",), stuck),
+    "visit": ((" set out",), visit),
+    "noise": ((" heard",), noise),
+    "contest": ((" entered",), contest),
+    "gift": ((" wanted",), gift),
+}
+
+
+def tell(t: Teller) -> None:
+    """Tell one story: introduction, day and trouble, helper, outcome, close."""
+    scene = introduce(t)
+    habit(t, scene.hero)
+    t.say(f"{t.gap}One ")
+    t.pick(w.WEATHERS)
+    t.say(" ")
+    t.pick(w.TIMES)
+    t.say(f", {scene.hero.name}")
+    branch = t.fork([1] * len(PLOTS), [opener for opener, _ in PLOTS.values()], "plot")
+    arc, (_, plot) = list(PLOTS.items())[branch]
+    mood = plot(t, scene)
+    t.say(".")
+    close(t, scene, mood)
+    lesson(t, scene, arc, mood)
+
+
+@dataclass(frozen=True)
+class Story:
+    """A story, its log-probability in nats given what was fixed, and the choices by slot."""
+
+    text: str
+    log_probability: float
+    taken: Mapping[str, str | int]
+
+
+def sample(rng: random.Random, gap: str = " ", **fixed: str | int) -> Story:
+    """Draw a story; keywords fix slots: name, trait, animal, place, mood, moral, digression."""
+    sampler = Sampler(rng=rng, gap=gap, fixed=fixed)
+    tell(sampler)
+    return Story(sampler.text, sampler.log_probability, sampler.taken)
+
+
+def read(text: str, gap: str = " ", **fixed: str | int) -> Story:
+    """Recover the choices of a story.
+
+    Raises:
+        AmbiguousError: if the text is not a story of this grammar, to its last character.
+    """
+    reader = Reader(text=text, gap=gap, fixed=fixed)
+    tell(reader)
+    if reader.position != len(text):
+        raise AmbiguousError(f"text goes on after the story: {text[reader.position :]!r}")
+    return Story(text, reader.log_probability, reader.taken)

@@ -207,7 +207,7 @@ SAD_ACTIONS = (
     "sighed at the moon",
     "packed a bag and left",
 )
-HAPPY_TURNS = ("At last", "In the end", "Luckily", "To their joy", "Soon")
+HAPPY_TURNS = ("At last", "In the end", "Luckily", "To their joy", "Thankfully")
 SAD_TURNS = ("Sadly", "Alas", "To their sorrow", "Unhappily")
 MEETINGS = ("came along", "walked by", "stopped to look", "heard everything", "looked up")
 QUESTIONS = ("What is wrong?", "Can I help?", "Why the long face?", "What happened here?")
@@ -215,15 +215,32 @@ ASKED = ("asked", "called", "whispered", "wondered")
 SAID = ("said", "cried", "answered", "sobbed")
 OFFERS = ("Do not worry", "Leave it to me", "I have an idea", "Follow me", "We can do it together")
 WHENS = ("Just then", "After a while", "Before long", "That very moment")
-CHASES = tuple("butterfly ball beetle feather balloon dragonfly".split())
+CHASES = tuple("butterfly ball beetle feather snowflake dragonfly".split())
 MENDED = ("was as good as new", "looked better than before", "held together", "was whole again")
 RUINED = ("fell apart again", "could not be saved", "only got worse", "had to be thrown away")
-GONE = ("was never seen again", "had been stolen", "was burned in the fire", "had sunk in the river")
+GONE = (
+    "was never seen again",
+    "had been stolen",
+    "was burned in the fire",
+    "had sunk in the river",
+)
 FREED = ("came out with a loud pop", "was free again", "stood on firm ground", "could move again")
 FAILED = ("was too short", "broke in two", "slipped away", "fell into the mud")
 CLOSED = ("led nowhere", "ended in a swamp", "was too dangerous", "had been washed away")
 LIGHTS = tuple("candle torch lamp match".split())
 SHOPS = ("the shop was closed", "it cost too much", "somebody had bought it", "it was far too big")
+HAPPY_BONDS = (
+    "were best friends",
+    "met every morning",
+    "shared every meal",
+    "kept no secrets",
+)
+SAD_BONDS = (
+    "hardly spoke",
+    "told nobody about it",
+    "were a little wiser",
+    "stayed at home",
+)
 SHONE = tuple("brightly softly warmly coldly".split())
 DIGRESSIONS = ("once found", "used to own", "always wanted", "never liked", "had just sold")
 

@@ -42,7 +42,14 @@ def readme(fields: Mapping[str, str], adapters: list[str]) -> str:
     """The bundle's README.md; `fields` fill README.bundle.md, `adapters` are file names."""
     template = Template((Path(__file__).parent / "README.bundle.md").read_text(encoding="utf-8"))
     rows = "".join(f"| `{name}` | a LoRA adapter, applied at run time |\n" for name in adapters)
-    return template.substitute(fields, adapter_row=rows, adapter_code=_adapter_code(adapters))
+    first = adapters[0] if adapters else ""
+    return template.substitute(
+        fields,
+        adapter_row=rows,
+        adapter_code=_adapter_code(adapters),
+        adapter_push=f"    adb push {first} /data/local/tmp/\n" if first else "",
+        adapter_flag=f" --lora {Path(first).name}" if first else "",
+    )
 
 
 def _adapter_code(adapters: list[str]) -> str:
