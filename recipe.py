@@ -139,9 +139,6 @@ class Recipe:
         }
 
 
-OTHER_VARIABLES = frozenset({"SLIMPORT_CACHE"})  # read elsewhere, not part of a recipe
-
-
 def load(path: Path) -> Recipe:
     """Read a recipe; paths in it are relative to its folder.
 
@@ -163,7 +160,7 @@ def from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
     """
     given: dict[str, Any] = {}
     for variable, words in sorted(environ.items()):
-        if not variable.startswith("SLIMPORT_") or variable in OTHER_VARIABLES:
+        if not variable.startswith("SLIMPORT_"):
             continue
         name = variable.removeprefix("SLIMPORT_").lower()
         reader = _flat_readers().get(name)

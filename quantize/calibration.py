@@ -7,7 +7,8 @@ unnamed temporary file, so anonymous memory depends on one layer and not on wind
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import contextmanager
 from types import TracebackType
 from typing import NamedTuple
 
@@ -29,8 +30,22 @@ from ..errors import EnvironmentFailed
 from .grid import Float32
 from .windows import Int32, Windows
 
+# Matrix products add up in an order that depends on the number of threads: a fixed one, whatever
+# the cores, gives the same codes on every machine with this CPU.
+_THREADS = 4
 _TOKENS_AT_ONCE = 2048  # per forward pass: bounds what one layer computes in memory
 _ROWS_AT_ONCE = 8192  # of the embedding, read in one piece
+
+
+@contextmanager
+def same_threads() -> Iterator[None]:
+    """Calibrate and solve in here: codes do not depend on how many cores there are."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(_THREADS)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 class Statistics(NamedTuple):

@@ -156,10 +156,10 @@ def _blocks(
     if windows is None:
         yield from _by_rows(weights, plan.choices, pool)
         return
-    from .calibration import layer_statistics  # torch is loaded only to calibrate
+    from .calibration import layer_statistics, same_threads  # torch is loaded only to calibrate
     from .methods import gptq
 
-    with closing(layer_statistics(weights, config, windows)) as stream:
+    with same_threads(), closing(layer_statistics(weights, config, windows)) as stream:
         solved: dict[str, Float32] | None = None
         for shard in store.shards(plan):
             if shard[0].weight.layer is None:

@@ -200,22 +200,34 @@ def test_a_closed_pipe_is_141(arguments: list[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["SIGINT", "SIGTERM"]
+    ("number", "code", "stage", "text", "many"),
+    [
+        (
+            signal.SIGTERM,
+            143,
+            "quantize",
+            "train.txt",
+            {"SLIMPORT_METHOD": "gptq", "SLIMPORT_CALIBRATION_WINDOWS": "3000"},
+        ),
+        (
+            signal.SIGINT,
+            130,
+            "judging: oracle, held out",
+            "held_out.txt",
+            {"SLIMPORT_WINDOWS": "500"},
+        ),
+    ],
+    ids=["SIGTERM", "SIGINT"],
 )
-@pytest.mark.parametrize("stage", ["quantize", "judging: oracle, held out"])
 def test_a_signal_leaves_the_old_bundle_and_nothing_else(
-    number: signal.Signals, code: int, stage: str, finished: Path, tmp_path: Path
-) -> None:
-    """In the middle of quantizing, and while a child process judges."""
+    number: signal.Signals, code: int, stage: str, text: str, many: dict[str, str],
+    finished: Path, tmp_path: Path,
+) -> None:  # fmt: skip
+    """In the middle of calibrated quantizing, and while a child process judges."""
     app = shutil.copytree(finished.parents[1], tmp_path / "app")
-    words = "The fox went home. " * 99999
-    (app / "train.txt").write_text(words)
-    (app / "held_out.txt").write_text(words)
+    (app / text).write_text("The fox went home. " * 20_000)
     before = (app / "dist/pocket/manifest.json").read_bytes()
     command = [*SLIMPORT, "export", "--config", str(app / "slimport.toml")]
-    many = {"SLIMPORT_METHOD": "gptq", "SLIMPORT_CALIBRATION_WINDOWS": "9999"}
-    if stage != "quantize":
-        many = {"SLIMPORT_WINDOWS": "1500"}
     lines = []
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | many

@@ -44,7 +44,7 @@ BASE_PHASES = (
 BASE_DECAY = 360
 SFT_PHASES = (train.Phase(600, 12, 224), train.Phase(50, 3, 1280))
 REWARD_STEPS, DPO_STEPS, PAIR_BATCH = 250, 80, 8
-BASE_RATE, SFT_RATE, REWARD_RATE, DPO_RATE = 3e-3, 4e-3, 1e-3, 2e-4
+BASE_RATE, SFT_RATE, REWARD_RATE, DPO_RATE = 3e-3, 4e-3, 1e-3, 4e-4
 RANK, REWARD_RANK = 16, 8
 
 
@@ -150,8 +150,9 @@ def phased(
     """The batches of all phases, the number of steps and the number of tokens."""
     tokenizer = build.tokenizer()
     parts, steps, tokens = [], 0, 0
+    total = sum(phase.steps for phase in phases)
     for number, phase in enumerate(phases):
-        wanted = build.steps(phase.steps)
+        wanted = max(1, build.steps(total) * phase.steps // total)
         stream = c.batches(tokenizer, item, phase.size, phase.length, phase.books, seed + number)
         parts.append(itertools.islice(stream, wanted))
         steps += wanted

@@ -158,6 +158,8 @@ def short_build(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+@pytest.mark.filterwarnings("ignore:Could not find a config file:UserWarning")
 @pytest.mark.parametrize("committed", [False, True], ids=["20-steps", "committed"])
 def test_every_artifact_is_there_and_loads(committed, request):
     from peft import PeftModel

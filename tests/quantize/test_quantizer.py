@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from slimport.architectures import decoder_config
 from slimport.checkpoint import Checkpoint
@@ -60,6 +61,19 @@ def source(tiny_llama):
 @pytest.fixture(scope="module")
 def windows():
     return windows_of(np.random.default_rng(0).integers(0, 400, (12, 64)))
+
+
+def test_calibration_has_the_same_threads_on_any_machine(source, windows, tmp_path, monkeypatch):
+    """Products of real models add up otherwise with other threads: their codes differed."""
+    seen, solve = [], gptq.solve
+    monkeypatch.setattr(gptq, "solve", lambda *a: seen.append(torch.get_num_threads()) or solve(*a))
+    before = torch.get_num_threads()
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        run(source, source, tmp_path / str(threads), windows=windows)
+        assert torch.get_num_threads() == threads
+    torch.set_num_threads(before)
+    assert len(set(seen)) == 1 and len(seen) == 2 * 14
 
 
 def contents(folder):
