@@ -170,22 +170,48 @@ def building(destination: Path) -> Iterator[Path]:
     """
     destination = destination.absolute()
     failed = destination.with_name(f"{destination.name}.failed")
+    with _beside(destination) as folder:
+        _refuse_foreign(destination)
+        _refuse_foreign(failed)
+        try:
+            yield folder
+            _swap(folder, destination)
+        except (ValidationFailed, BudgetExceeded) as error:
+            if not _is_ours(folder):
+                write_manifest(folder, {"validated": False, "failed": str(error)})
+            _swap(folder, failed)
+            raise
+        shutil.rmtree(failed, ignore_errors=True)  # an earlier one, now superseded
+
+
+@contextmanager
+def replacing(destination: Path) -> Iterator[Path]:
+    """A new folder that becomes `destination` when the block ends well; else it is removed.
+
+    Locked, flushed to the disk and swapped as bundles are. The caller has checked that what stands
+    there may be replaced.
+
+    Raises:
+        UsageError: another run holds the lock.
+        EnvironmentFailed: disk full, read-only, out of reach.
+    """
+    destination = destination.absolute()
+    with _beside(destination) as folder:
+        yield folder
+        _swap(folder, destination)
+
+
+@contextmanager
+def _beside(destination: Path) -> Iterator[Path]:
+    """A hidden sibling folder under the destination's lock, gone at the end."""
     with _explained(destination):
         destination.parent.mkdir(parents=True, exist_ok=True)
         with _locked(destination):
-            _refuse_foreign(destination)
-            _refuse_foreign(failed)
             _clean_up(destination)
             folder = destination.with_name(f".{destination.name}.partial-{os.getpid()}")
             folder.mkdir()
             try:
                 yield folder
-                _swap(folder, destination)
-            except (ValidationFailed, BudgetExceeded) as error:
-                if not _is_ours(folder):
-                    write_manifest(folder, {"validated": False, "failed": str(error)})
-                _swap(folder, failed)
-                raise
             finally:
                 shutil.rmtree(folder, ignore_errors=True)
 

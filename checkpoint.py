@@ -159,7 +159,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     refuse_lfs_pointer(path)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"), parse_constant=_not_a_number)
     except OSError as error:
         raise BadInput(
             f"{path.name} cannot be read", f"{error.strerror}: {path}", "give a complete folder"
@@ -170,6 +170,10 @@ def read_json(path: Path) -> dict[str, Any]:
         kind = type(content).__name__
         raise BadInput(f"{path.name} is not a JSON object", f"it is a {kind}", f"mend {path}")
     return content
+
+
+def _not_a_number(word: str) -> float:
+    raise ValueError(f"{word} is no number in JSON")
 
 
 def refuse_lfs_pointer(path: Path) -> None:

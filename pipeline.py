@@ -17,7 +17,7 @@ from .assembly import Files
 from .checkpoint import read_json
 from .errors import BadInput, SlimportError, Unsupported, UsageError, ValidationFailed, worst
 from .export.container import Container
-from .quantize import quantizer
+from .quantize import quantizer, store
 from .quantize.plan import Plan
 from .quantize.store import Origin, QuantizedCheckpoint
 from .quantize.tensor import QuantizedTensor, weights_digest
@@ -122,11 +122,17 @@ def _quantize(
 def quantize(
     recipe: Recipe, output: Path, *, offline: bool = False, progress: Progress = _silent
 ) -> dict[str, Any]:
-    """Write the quantized checkpoint of a recipe's model to `output`; returns its record."""
+    """Write the quantized checkpoint of a recipe's model to `output`; returns its record.
+
+    Raises:
+        UsageError: `output` holds something else, or another run is writing it.
+    """
+    store.refuse_foreign(output)
     source = open_source(recipe, offline=offline)
     plan = plan_of(recipe, source)
     texts = read_texts(recipe, source, calibrate=plan.calibrated, validate=False, progress=progress)
-    quantized = _quantize(source, plan, texts.calibration, output, progress)
+    with bundle.replacing(output) as partial:
+        quantized = _quantize(source, plan, texts.calibration, partial, progress)
     return {
         "schema": "slimport.quantize/1",
         "name": quantized.name,
@@ -215,6 +221,10 @@ def verify(folder: Path) -> dict[str, Any]:
     found = weights_digest(digests)
     if found != manifest["weights_digest"]:
         raise _mismatch(folder, "all weights", found, manifest["weights_digest"])
+    for path in sorted((folder / "adapters").glob("*")):
+        base = container.adapter_base(path)
+        if base != found:
+            raise _mismatch(folder, f"the base of {path.name}", base, found)
     return {
         "schema": "slimport.verify/1",
         "files": len(manifest["files"]),

@@ -126,11 +126,12 @@ def pack(
     adapters = []
     if source.mode == "separate" and source.adapters:
         (folder / "adapters").mkdir()
+        base = quantized.weights_digest
         for entry, adapter in source.adapters:
-            beside = folder / "adapters"
-            adapters.append(
-                job.container.write_adapter(adapter, source.decoder, beside, entry.scale)
-            )
+            given = (adapter, source.decoder)
+            path = job.container.write_adapter(*given, folder / "adapters", base, entry.scale)
+            job.container.check_adapter(path, *given, base, entry.scale)
+            adapters.append(path)
     progress(stage, 1, 2)
     read_back = job.container.check(quantized, folder)
     if read_back.weights_digest != quantized.weights_digest:
@@ -182,7 +183,6 @@ def report_on(
     sizes = footprint(
         (files.model, *files.adapters),
         [files.model],
-        quantized.plan.parameters,
         runtime.memory_on(files.model, job.target.isa, judgement.measurements.memory),
         job.target.isa,
     )

@@ -84,12 +84,20 @@ class Container(Protocol):
         """{file name: bytes} of what `write_adapter` would write, to the byte."""
 
     def write_adapter(
-        self, adapter: Adapter, config: DecoderConfig, folder: Path, scale: float = 1.0
+        self, adapter: Adapter, config: DecoderConfig, folder: Path, base: str, scale: float = 1.0
     ) -> Path:
-        """Write an adapter for the base of `config` as a file of its own, fsynced.
+        """Write an adapter as a file of its own, fsynced; `base`: the base's weights digest.
 
         A runtime that applies the file with scale 1 applies `scale` times the adapter.
         """
+
+    def check_adapter(
+        self, path: Path, adapter: Adapter, config: DecoderConfig, base: str, scale: float = 1.0
+    ) -> None:
+        """Read an adapter's file back; raise ValidationFailed where it differs."""
+
+    def adapter_base(self, path: Path) -> str | None:
+        """The weights digest of the base that an adapter's file is bound to."""
 
     def minimum_runtime(
         self, config: DecoderConfig, tokenizer: Tokenizer, separate: bool

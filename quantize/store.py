@@ -214,13 +214,7 @@ def replacing(folder: Path) -> Iterator[Path]:
         UsageError: `folder` exists and is no quantized checkpoint.
         EnvironmentFailed: the disk is full or read-only.
     """
-    empty = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
-    if not empty and not (folder / QUANTIZATION).exists():
-        raise UsageError(
-            f"{folder} is not replaced",
-            "it is there already and holds no quantized checkpoint",
-            "name another folder, or remove this one",
-        )
+    refuse_foreign(folder)
     partial = folder.parent / f".{folder.name}.partial"
     with writing(folder):
         shutil.rmtree(partial, ignore_errors=True)
@@ -233,6 +227,17 @@ def replacing(folder: Path) -> Iterator[Path]:
             partial.rename(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def refuse_foreign(folder: Path) -> None:
+    """Raise UsageError if `folder` holds anything but a quantized checkpoint."""
+    empty = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
+    if not empty and not (folder / QUANTIZATION).exists():
+        raise UsageError(
+            f"{folder} is not replaced",
+            "it is there already and holds no quantized checkpoint",
+            "name another folder, or remove this one",
+        )
 
 
 @contextmanager

@@ -23,7 +23,6 @@ class Footprint:
         device_bytes: all that goes onto the device.
         download_bytes: the same, each file compressed with deflate: near what a store transfers.
         model_bytes: the model file or files.
-        parameters: weights of the decoder; a tied table counts once.
         memory: for the target's CPU at its context.
         isa: the CPU features that the weights of `memory` are predicted for.
     """
@@ -31,14 +30,8 @@ class Footprint:
     device_bytes: int
     download_bytes: int
     model_bytes: int
-    parameters: int
     memory: Memory
     isa: tuple[str, ...]
-
-    @property
-    def bits_per_weight(self) -> float:
-        """Of the whole model file: tokenizer and padding count, too."""
-        return self.model_bytes * 8 / self.parameters
 
     def to_json(self) -> dict[str, Any]:
         """The keys of report.json; `predicted` names what was not measured here, and for what."""
@@ -46,7 +39,6 @@ class Footprint:
             "device_bytes": self.device_bytes,
             "download_bytes": self.download_bytes,
             "model_bytes": self.model_bytes,
-            "bits_per_weight": self.bits_per_weight,
             "memory": self.memory.to_json(),
             "predicted": {"for": list(self.isa), "keys": ["memory.mapped", "memory.repacked"]},
         }
@@ -55,7 +47,6 @@ class Footprint:
 def footprint(
     device_files: Iterable[Path],
     model_files: Sequence[Path],
-    parameters: int,
     memory: Memory,
     isa: Sequence[str],
 ) -> Footprint:
@@ -69,7 +60,6 @@ def footprint(
         device_bytes=sum(map(_size, files)),
         download_bytes=sum(map(compressed_size, files)),
         model_bytes=sum(map(_size, model_files)),
-        parameters=parameters,
         memory=memory,
         isa=tuple(isa),
     )

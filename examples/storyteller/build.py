@@ -60,6 +60,10 @@ class Build:
         """The steps of a training, cut to the limit."""
         return wanted if self.limit is None else min(wanted, self.limit)
 
+    def size(self, wanted: int) -> int:
+        """The batch size of a training: a short build takes a quarter."""
+        return wanted if self.limit is None else max(1, wanted // 4)
+
     def count(self, wanted: int) -> int:
         """How many texts to measure: a short build measures a few."""
         return wanted if self.limit is None else min(wanted, 8)
@@ -153,10 +157,11 @@ def phased(
     total = sum(phase.steps for phase in phases)
     for number, phase in enumerate(phases):
         wanted = max(1, build.steps(total) * phase.steps // total)
-        stream = c.batches(tokenizer, item, phase.size, phase.length, phase.books, seed + number)
+        size = build.size(phase.size)
+        stream = c.batches(tokenizer, item, size, phase.length, phase.books, seed + number)
         parts.append(itertools.islice(stream, wanted))
         steps += wanted
-        tokens += wanted * phase.size * phase.length
+        tokens += wanted * size * phase.length
     return itertools.chain(*parts), steps, tokens
 
 
@@ -286,7 +291,7 @@ def train_reward(build: Build) -> None:
     (_, seed, pairs), (_, other, held_out) = preference_splits()
     rows, _ = p.encode_pairs(tokenizer, draw_pairs(seed, pairs))
     steps = build.steps(REWARD_STEPS)
-    losses = p.reward_losses(model, rows, PAIR_BATCH, pad, SEED)
+    losses = p.reward_losses(model, rows, build.size(PAIR_BATCH), pad, SEED)
     seconds = train.optimize(model, losses, steps, REWARD_RATE, "reward")
     save_adapter(model, build.out / "reward")
     model = p.load_reward(build.out / "base", build.out / "reward")
@@ -304,9 +309,10 @@ def train_dpo(build: Build) -> None:
     model = build.adapted("sft", trainable=True)
     _, seed, pairs = preference_splits()[0]
     steps = build.steps(DPO_STEPS)
-    used = min(pairs, steps * PAIR_BATCH)
+    size = build.size(PAIR_BATCH)
+    used = min(pairs, steps * size)
     rows, starts = p.encode_pairs(tokenizer, draw_pairs(seed, used))
-    losses = p.dpo_losses(model, rows, starts, PAIR_BATCH, SEED)
+    losses = p.dpo_losses(model, rows, starts, size, SEED)
     seconds = train.optimize(model, losses, steps, DPO_RATE, "dpo")
     save_adapter(model, build.out / "adapters" / "dpo")
     build.figures["training"]["dpo"] = {"steps": steps, "seconds": round(seconds)}

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy.typing as npt
 
+from ...adapters.adapter import Adapter
 from ...architectures import DecoderConfig
 from ...quantize.grid import Float32
 from ...quantize.plan import Plan
@@ -16,7 +17,7 @@ from ...quantize.tensor import QuantizedTensor
 from ...tokenizer import Tokenizer
 from ..container import ReadBack
 from . import compare, layout, reader
-from .adapter import predict_adapter, refuse_adapter, write_adapter
+from .adapter import BASE, predict_adapter, refuse_adapter, write_adapter
 from .device import minimum_runtime, readme
 from .metadata import model_metadata, rope_factors
 from .packing import float_bytes, packed_rows, row_order
@@ -26,7 +27,9 @@ from .writer import TensorInfo, Value, file_bytes, write_file
 __all__ = [
     "FILE",
     "NAME",
+    "adapter_base",
     "check",
+    "check_adapter",
     "minimum_runtime",
     "predict",
     "predict_adapter",
@@ -81,6 +84,19 @@ def read_back(
 def check(model: QuantizedCheckpoint, folder: Path) -> ReadBack:
     """Compare every code, scale and value with `model`, ggml's dequantizers included."""
     return compare.check(model, folder / FILE)
+
+
+def check_adapter(
+    path: Path, adapter: Adapter, config: DecoderConfig, base: str, scale: float = 1.0
+) -> None:
+    """Compare an adapter's file with the adapter and the base that it is for."""
+    compare.check_adapter(path, adapter, config, base, scale)
+
+
+def adapter_base(path: Path) -> str | None:
+    """The weights digest of the base that an adapter's file is bound to."""
+    base = reader.open_gguf(path).metadata.get(BASE)
+    return base if isinstance(base, str) else None
 
 
 def _header(

@@ -15,6 +15,8 @@ from ...quantize.grid import Float32
 from .packing import row_order
 from .writer import TensorInfo, Value, file_bytes, write_file
 
+BASE = "slimport.base_weights_digest"  # llama.cpp passes over keys that it does not know
+
 
 def refuse_adapter(adapter: Adapter) -> None:
     """Raise Unsupported if the adapter is more than an addition to matrices of the base."""
@@ -28,14 +30,15 @@ def refuse_adapter(adapter: Adapter) -> None:
 
 def predict_adapter(adapter: Adapter, config: DecoderConfig) -> dict[str, int]:
     """{file name: bytes} of what `write_adapter` writes, to the byte."""
-    size = file_bytes(_metadata(adapter, config), _infos(_pairs(adapter, config)))
+    anywhere = "sha256:" + "0" * 64
+    size = file_bytes(_metadata(adapter, config, anywhere), _infos(_pairs(adapter, config)))
     return {f"{adapter.name}.gguf": size}
 
 
 def write_adapter(
-    adapter: Adapter, config: DecoderConfig, folder: Path, scale: float = 1.0
+    adapter: Adapter, config: DecoderConfig, folder: Path, base: str, scale: float = 1.0
 ) -> Path:
-    """Write and fsync `NAME.gguf`, a LoRA for the base of `config`, in float32.
+    """Write and fsync `NAME.gguf`, a LoRA in float32, bound to its base by `base`, a digest.
 
     llama.cpp scales b @ a by alpha / rank, with one alpha for the file and the rank of each tensor.
     So alpha is the largest rank, and what is left of each true scale goes into b, times `scale`.
@@ -45,9 +48,8 @@ def write_adapter(
     """
     refuse_adapter(adapter)
     pairs, path = _pairs(adapter, config), folder / f"{adapter.name}.gguf"
-    write_file(
-        path, _metadata(adapter, config), _infos(pairs), _data(adapter, config, pairs, scale)
-    )
+    metadata = _metadata(adapter, config, base)
+    write_file(path, metadata, _infos(pairs), _data(adapter, config, pairs, scale))
     return path
 
 
@@ -56,13 +58,14 @@ def _pairs(adapter: Adapter, config: DecoderConfig) -> list[tuple[Weight, Delta]
     return [(w, adapter.deltas[w.name]) for w in weights(config) if w.name in adapter.deltas]
 
 
-def _metadata(adapter: Adapter, config: DecoderConfig) -> dict[str, Value]:
+def _metadata(adapter: Adapter, config: DecoderConfig, base: str) -> dict[str, Value]:
     return {
         "general.architecture": config.family.gguf,
         "general.type": "adapter",
         "general.name": adapter.name,
         "adapter.type": "lora",
         "adapter.lora.alpha": float(max(adapter.ranks)),
+        BASE: base,
     }
 
 

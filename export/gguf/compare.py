@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ...architectures import Weight
+from ...adapters.adapter import Adapter
+from ...architectures import DecoderConfig, Weight, weights
 from ...errors import BadInput, SlimportError, ValidationFailed
 from ...quantize.compiled import compiled
 from ...quantize.ggml import Type, dequantize_rows
@@ -126,4 +127,45 @@ def _differs(
         f"{name}: the file does not hold what was quantized",
         f"{what} [{where}] reads {found[place]}, not {expected[place]}",
         "export again; if it stays, report it with the model's config.json",
+    )
+
+
+def check_adapter(
+    path: Path, adapter: Adapter, config: DecoderConfig, base: str, scale: float
+) -> None:
+    """Read an adapter's file back and compare both factors of every update.
+
+    Args:
+        base: the weights digest that the file must name.
+        scale: the user's factor on the adapter.
+
+    Raises:
+        BadInput: the file is malformed.
+        ValidationFailed: a factor differs, an update is missing or left over, or the base differs.
+    """
+    file = open_gguf(path)
+    wanted = {weight.gguf: weight for weight in weights(config) if weight.name in adapter.deltas}
+    names = {f"{name}.{half}" for name in wanted for half in ("lora_a", "lora_b")}
+    if set(file.tensors) != names or file.metadata.get("slimport.base_weights_digest") != base:
+        raise _not_the_adapter(path, "its updates or its base are others")
+    for name, weight in wanted.items():
+        first, second = (
+            file.tensors[f"{name}.{half}"].rows.view("<f4") for half in ("lora_a", "lora_b")
+        )
+        delta = adapter.deltas[weight.name]
+        strength = file.metadata["adapter.lora.alpha"] / delta.rank / (scale * delta.scale)
+        if delta.embedding:
+            left, right = first, (second * strength).T
+        else:
+            left, right = np.empty_like(second), first
+            left[source_rows(weight, config)] = second * strength
+        if not (np.allclose(left, delta.b, 1e-5, 1e-9) and np.allclose(right, delta.a, 1e-5, 1e-9)):
+            raise _not_the_adapter(path, f"the update of {weight.name} has other factors")
+
+
+def _not_the_adapter(path: Path, why: str) -> ValidationFailed:
+    return ValidationFailed(
+        f"{path.name} does not hold the adapter that was given",
+        why,
+        "export again; if it stays, report it with adapter_config.json",
     )

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from slimport.adapters.adapter import Adapter
 from slimport.adapters.lora import read_adapter
 from slimport.checkpoint import Checkpoint
-from slimport.errors import Unsupported
+from slimport.errors import Unsupported, ValidationFailed
 from slimport.export import gguf
 from slimport.export.gguf import layout
 from slimport.export.gguf.reader import open_gguf
@@ -24,6 +24,7 @@ from slimport.validation.runtimes import llamacpp
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # peft warns about tied tables, rightly
 
+BASE = "sha256:" + "ab" * 32
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 EVERY = [*ATTENTION, "gate_proj", "up_proj", "down_proj"]
 VARIANTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
@@ -77,8 +78,9 @@ def test_llama_cpp_applies_what_peft_trained(
     model = in_memory(folder, patterns={"*": "float16"})
     adapter = loaded(folder, tmp_path / "peft", model.decoder)
     (base,) = gguf.write(model, Tokenizer.open(folder), tmp_path)
-    file = gguf.write_adapter(adapter, model.decoder, tmp_path)
+    file = gguf.write_adapter(adapter, model.decoder, tmp_path, BASE)
     assert gguf.predict_adapter(adapter, model.decoder) == {"tone.gguf": file.stat().st_size}
+    gguf.check_adapter(file, adapter, model.decoder, BASE)
 
     tokens = np.random.default_rng(2).integers(0, 416, (1, 48), dtype=np.int32)
     with torch.inference_mode():
@@ -95,9 +97,8 @@ def test_memory_counts_a_separate_adapter(tiny_llama: Path, in_memory: Any, tmp_
     trained(tiny_llama, tmp_path / "peft", {"target_modules": ["v_proj", "down_proj"], "r": 64})
     model = in_memory(tiny_llama)
     (base,) = gguf.write(model, Tokenizer.open(tiny_llama), tmp_path)
-    file = gguf.write_adapter(
-        loaded(tiny_llama, tmp_path / "peft", model.decoder), model.decoder, tmp_path
-    )
+    adapter = loaded(tiny_llama, tmp_path / "peft", model.decoder)
+    file = gguf.write_adapter(adapter, model.decoder, tmp_path, BASE)
     alone = llamacpp.measure(base, 64, [16], generated=2, threads=1).memory
     beside = llamacpp.measure(base, 64, [16], generated=2, threads=1, adapter=file).memory
     stored = sum(tensor.rows.nbytes for tensor in open_gguf(file).tensors.values())
@@ -113,7 +114,7 @@ def test_alpha_over_rank_is_one_where_all_ranks_are_equal(
     trained(tiny_llama, tmp_path, {"target_modules": ["k_proj"], "r": 4, "lora_alpha": 12})
     model = in_memory(tiny_llama)
     adapter = loaded(tiny_llama, tmp_path, model.decoder)
-    file = open_gguf(gguf.write_adapter(adapter, model.decoder, tmp_path))
+    file = open_gguf(gguf.write_adapter(adapter, model.decoder, tmp_path, BASE))
     assert file.metadata["adapter.lora.alpha"] == 4
     assert file.metadata["general.type"] == "adapter"
     delta = adapter.deltas["model.layers.0.self_attn.k_proj.weight"]
@@ -130,8 +131,8 @@ def test_the_factor_of_the_command_line_is_in_the_file(
     adapter = loaded(tiny_llama, tmp_path, model.decoder)
     (tmp_path / "half").mkdir()
     files = (
-        open_gguf(gguf.write_adapter(adapter, model.decoder, tmp_path)),
-        open_gguf(gguf.write_adapter(adapter, model.decoder, tmp_path / "half", 0.5)),
+        open_gguf(gguf.write_adapter(adapter, model.decoder, tmp_path, BASE)),
+        open_gguf(gguf.write_adapter(adapter, model.decoder, tmp_path / "half", BASE, 0.5)),
     )
     whole, half = (file.tensors["blk.0.attn_v.weight.lora_b"].rows.view("<f4") for file in files)
     np.testing.assert_array_equal(half, whole / 2)
@@ -155,5 +156,24 @@ def test_more_than_an_addition_is_refused(
     with pytest.raises(Unsupported, match=why):
         gguf.refuse_adapter(adapter)
     with pytest.raises(Unsupported, match="--adapter-mode merged"):
-        gguf.write_adapter(adapter, config, tmp_path)
+        gguf.write_adapter(adapter, config, tmp_path, BASE)
     assert not list(tmp_path.glob("*.gguf"))
+
+
+def test_another_file_than_the_adapter_is_noticed(
+    tiny_llama: Path, in_memory: Any, tmp_path: Path
+) -> None:
+    trained(tiny_llama, tmp_path, {"target_modules": ["q_proj", "v_proj"], "r": 4})
+    config = in_memory(tiny_llama).decoder
+    adapter = loaded(tiny_llama, tmp_path, config)
+    file = gguf.write_adapter(adapter, config, tmp_path, BASE, 0.5)
+    assert gguf.adapter_base(file) == BASE
+    gguf.check_adapter(file, adapter, config, BASE, 0.5)
+    for base, scale in (("sha256:" + "cd" * 32, 0.5), (BASE, 1.0)):
+        with pytest.raises(ValidationFailed, match="tone"):
+            gguf.check_adapter(file, adapter, config, base, scale)
+    damaged = bytearray(file.read_bytes())
+    damaged[-1] ^= 0x80  # the sign of the last number
+    file.write_bytes(damaged)
+    with pytest.raises(ValidationFailed, match="tone"):
+        gguf.check_adapter(file, adapter, config, BASE, 0.5)
