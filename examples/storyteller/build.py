@@ -227,7 +227,7 @@ def train_base(build: Build) -> None:
 def used_tokens(tokenizer: Tokenizer) -> list[int]:
     """Ids that the base's documents hold, from a large sample of them."""
     rng = random.Random(SEED + 22)
-    texts = [c.base_item(rng) for _ in range(4000)]
+    texts = ["\n", *(c.base_item(rng) for _ in range(4000))]  # blank lines part a book's stories
     return sorted({i for encoding in tokenizer.encode_batch(texts) for i in encoding.ids} | {1, 2})
 
 
@@ -356,7 +356,9 @@ def share(texts: list[str], part: str) -> float:
 def write_readme(build: Build) -> None:
     """README and license notice."""
     (build.out / "README.md").write_text(readme.render(build.figures), encoding="utf-8")
-    (build.out / "LICENSE").write_text(readme.LICENSE, encoding="utf-8")
+    for part in (".", "base", "adapters/sft", "adapters/dpo", "reward", "data"):
+        if (build.out / part).is_dir():  # a bundle copies the licence of each part it takes
+            (build.out / part / "LICENSE").write_text(readme.LICENSE, encoding="utf-8")
 
 
 STAGES: dict[str, Callable[[Build], None]] = {
