@@ -132,31 +132,30 @@ def open_case(
 
 
 def print_table(case: Case) -> None:
-    rows = list(measure(case))
+    """Each line as soon as it is known; the first one is what the others are compared with."""
     print(
         f"{case.checkpoint.name}: {case.held_out.ids.size:,} held-out tokens, "
-        f"calibrated on {case.calibration.ids.size:,}"
+        f"calibrated on {case.calibration.ids.size:,}\n"
+        f"{'type':26}{'bytes':>10}{'bpw':>7}{'KL mean':>11}{'+-':>10}"
+        f"{'99.9%':>9}{'top-1':>8}{'ratio':>7}"
     )
-    print(f"{'type':26}{'bytes':>10}{'bpw':>7}{'KL mean':>11}{'+-':>10}", end="")
-    print(f"{'99.9%':>9}{'top-1':>8}{'x gptq':>8}")
-    ours = next(row.found.kl_mean for row in rows if row.found and row.kind == _OURS[0][0])
-    for row in rows:
-        if row.found is None:
-            print(f"{row.kind:26}{'n/a: rows do not divide into its blocks':>40}")
-            continue
+    ours: float | None = None
+    for row in measure(case):
         found = row.found
+        if found is None:
+            print(f"{row.kind:26}       n/a: its rows do not divide into blocks")
+            continue
+        ours = ours or found.kl_mean
         print(
             f"{row.kind:26}{row.nbytes:10,}{row.bits:7.3f}{found.kl_mean:11.6f}"
             f"{found.kl_mean_error or 0:10.6f}{found.kl_p999:9.4f}{found.top1:8.4f}"
-            f"{found.kl_mean / ours:8.2f}",
+            f"{found.kl_mean / ours:7.2f}",
             flush=True,
         )
     print()
 
 
 def measure(case: Case) -> Iterator[Row]:
-    tables = _ours(case, make_plan(case.decoder, "int4", "rtn", _ONLY_TABLES))
-    yield _row(case, "float16 Linears", tables.plan, None)
     for kind, preset, method in _OURS:
         quantized = _ours(case, make_plan(case.decoder, preset, method))
         yield _row(case, kind, quantized.plan, None)
@@ -173,6 +172,8 @@ def measure(case: Case) -> Iterator[Row]:
             quantized, case.checkpoint, case.tokenizer, kind, path, imatrix if weighted else None
         )
         yield _row(case, name, plan, kind)
+    tables = _ours(case, make_plan(case.decoder, "int4", "rtn", _ONLY_TABLES))
+    yield _row(case, "float16", tables.plan, None)
 
 
 def importance(case: Case) -> Imatrix:

@@ -20,7 +20,8 @@ from .runtimes import reference
 from .runtimes.reference import Oracle
 
 Progress = Callable[[str, int, int], None]
-GOLDEN_TOKENS = 48
+GOLDEN_TOKENS = 96
+HELD_OUT = "held_out"
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +33,7 @@ class Case:
         adapter: its separate adapter file, applied at run time with scale 1; None if merged.
         oracle: base + adapter in full precision.
         codes: the same decoder with the dequantized codes.
-        texts: "held_out" and maybe "out_of_distribution", as windows.
+        texts: HELD_OUT and maybe "out_of_distribution", as windows.
         kv_cache, context, prompt_lengths: as the target says.
         prompts: {what it is: ids}, for golden.json and the samples in the report.
     """
@@ -78,34 +79,8 @@ def judge(case: Case, runtime: Runtime, work: Path, progress: Progress) -> Judge
         ValidationFailed: the runtime refuses the file, its tokenizer does not conform, or logits
             are not finite.
     """
-    found = conformance.check(case.tokenizer, case.file, runtime)
-    accuracy: dict[str, Divergence] = {}
-    parts: tuple[Divergence, Divergence] | None = None
-    for text, windows in case.texts.items():
-        oracle, artifact = work / "oracle.npy", work / "artifact.npy"
-        reference.logits(
-            case.oracle, windows.ids, oracle, progress=_stage(progress, "oracle", text)
-        )
-        runtime.logits(
-            case.file,
-            windows.ids,
-            artifact,
-            kv_cache=case.kv_cache,
-            adapter=case.adapter,
-            progress=_stage(progress, "artifact", text),
-        )
-        accuracy[text] = divergence.compare(oracle, artifact, windows.ids)
-        if parts is None:
-            codes = work / "codes.npy"
-            reference.logits(
-                case.codes, windows.ids, codes, progress=_stage(progress, "codes", text)
-            )
-            quantization = divergence.compare(oracle, codes, windows.ids)
-            parts = quantization, divergence.compare(codes, artifact, windows.ids)
-            codes.unlink()
-        oracle.unlink()
-        artifact.unlink()
-    assert parts is not None, "a case has at least one text"
+    conforms = conformance.check(case.tokenizer, case.file, runtime)
+    errors = {text: _errors(case, text, runtime, work, progress) for text in case.texts}
     prompts = list(case.prompts.values())
     golden = runtime.generate(
         case.file, prompts, GOLDEN_TOKENS, kv_cache=case.kv_cache, adapter=case.adapter
@@ -114,10 +89,10 @@ def judge(case: Case, runtime: Runtime, work: Path, progress: Progress) -> Judge
         case.oracle, prompts, GOLDEN_TOKENS, eos_ids=case.tokenizer.eos_ids
     )
     return Judgement(
-        accuracy=accuracy,
-        quantization=parts[0],
-        runtime=parts[1],
-        conformance=found,
+        accuracy={text: found.whole for text, found in errors.items()},
+        quantization=errors[HELD_OUT].quantization,
+        runtime=errors[HELD_OUT].runtime,
+        conformance=conforms,
         measurements=runtime.measure(
             case.file,
             case.context,
@@ -129,6 +104,38 @@ def judge(case: Case, runtime: Runtime, work: Path, progress: Progress) -> Judge
         golden=dict(zip(case.prompts, golden, strict=True)),
         expected=dict(zip(case.prompts, expected, strict=True)),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _Errors:
+    """Oracle against artifact, and its two parts: oracle against codes, codes against artifact."""
+
+    whole: Divergence
+    quantization: Divergence
+    runtime: Divergence
+
+
+def _errors(case: Case, text: str, runtime: Runtime, work: Path, progress: Progress) -> _Errors:
+    windows = case.texts[text].ids
+    oracle, codes, artifact = (work / f"{name}.npy" for name in ("oracle", "codes", "artifact"))
+    for model, path in ((case.oracle, oracle), (case.codes, codes)):
+        reference.logits(model, windows, path, progress=_stage(progress, path.stem, text))
+    runtime.logits(
+        case.file,
+        windows,
+        artifact,
+        kv_cache=case.kv_cache,
+        adapter=case.adapter,
+        progress=_stage(progress, artifact.stem, text),
+    )
+    found = _Errors(
+        divergence.compare(oracle, artifact, windows),
+        divergence.compare(oracle, codes, windows),
+        divergence.compare(codes, artifact, windows),
+    )
+    for path in (oracle, codes, artifact):
+        path.unlink()
+    return found
 
 
 def _stage(progress: Progress, what: str, text: str) -> Callable[[int, int], None]:

@@ -117,7 +117,7 @@ def divergence(accuracy: Mapping[str, Any]) -> Markup:
         parts.append(_steps([(x(edges[i]), x(edges[i + 1]), y(values[i])) for i in bins], name))
     for row, (name, mean) in enumerate(sorted(means.items(), key=lambda item: item[1])):
         at = x(min(max(math.log10(max(mean, 1e-12)), edges[first]), edges[last]))
-        parts.append(_marker(at, row == 0, name, mean))
+        parts.append(_marker(at, row, name, mean))
     words = ", ".join(f"{name.replace('_', ' ')} mean {mean:.3g}" for name, mean in means.items())
     return _svg(parts, f"Distribution of the KL divergence over tokens: {words} nats")
 
@@ -190,12 +190,13 @@ def _dot(x: float, y: float, name: str, path: str, value: float, title: str) -> 
     )
 
 
-def _marker(x: float, left: bool, name: str, value: float) -> str:
-    """A dashed line at a mean, its label to the left or to the right."""
-    side, shift = ("end", -6) if left else ("start", 6)
+def _marker(x: float, row: int, name: str, value: float) -> str:
+    """A dashed line at a mean; its label stands on the roomier side, in a row of its own."""
+    side, shift = ("end", -6) if x > WIDTH / 2 else ("start", 6)
+    y = TOP + 12 + 18 * row
     return (
         f'<path class="mean c-{name}" d="M{x} {TOP}V{HEIGHT - BOTTOM}"/>'
-        f'<text class="note c-{name}" x="{x + shift}" y="{TOP + 12}" text-anchor="{side}"'
+        f'<text class="note c-{name}" x="{x + shift}" y="{y}" text-anchor="{side}"'
         f' data-path="accuracy.{name}.kl_mean" data-value="{json.dumps(value)}">'
         f"mean {value:.3g}</text>"
     )
