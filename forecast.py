@@ -87,7 +87,9 @@ def forecast(recipe: Recipe, *, offline: bool = False) -> Forecast:
         },
         jobs=jobs,
         memory=_memory(plan),
-        disk=model_bytes + max(sum(job.files.values()) for job in jobs) + _logits(recipe, source),
+        disk=model_bytes
+        + max(sum(job.files.values()) for job in jobs)
+        + _temporary(recipe, plan, source),
         free_disk=_free(recipe.output),
         seconds=_seconds(recipe, plan, source),
     )
@@ -103,7 +105,10 @@ def _files(container: Container, source: Source, plan: Plan) -> dict[str, int]:
 
 
 def _memory(plan: Plan) -> int:
-    """Codes of the largest weight twice (solved and read back), or one layer of GPTQ."""
+    """Codes of the largest weight twice (solved and read back), or one layer of GPTQ.
+
+    A layer is held in full precision and quantized, with two statistics for every kind of input.
+    """
     largest = max(prod(choice.weight.shape) for choice in plan.choices)
     layer = [c for c in plan.choices if c.weight.layer == 0 and c.method == "gptq"]
     weights = sum(4 * prod(choice.weight.shape) for choice in layer)
@@ -113,12 +118,16 @@ def _memory(plan: Plan) -> int:
         if choice.weight.kind in (Kind.Q, Kind.ATTENTION_OUTPUT, Kind.GATE, Kind.DOWN)
     )
     solving = max((8 * prod(c.weight.shape) + 8 * c.weight.shape[1] ** 2 for c in layer), default=0)
-    return _START_MEMORY + max(_BLOCK_MEMORY + 4 * largest, 2 * weights + hessians + solving)
+    return _START_MEMORY + max(_BLOCK_MEMORY + 4 * largest, 2 * weights + 2 * hessians + solving)
 
 
-def _logits(recipe: Recipe, source: Source) -> int:
-    tokens = recipe.validate.windows * recipe.validate.window_length
-    return min(3 * 4 * tokens * source.decoder.vocab_size, 6_000_000_000)
+def _temporary(recipe: Recipe, plan: Plan, source: Source) -> int:
+    """Activations of two calibration streams, then the logits of one text: never together."""
+    tokens = recipe.quantize.calibration_windows * recipe.quantize.calibration_length
+    activations = 2 * 4 * tokens * source.decoder.hidden_size if plan.calibrated else 0
+    judged = recipe.validate.windows * recipe.validate.window_length
+    logits = min(3 * 4 * judged * source.decoder.vocab_size, 6_000_000_000)
+    return max(activations, logits)
 
 
 def _seconds(recipe: Recipe, plan: Plan, source: Source) -> float:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from .errors import BadInput
+from .errors import BadInput, UsageError
 from .quantize.windows import Windows, read_text, token_windows, windows_of
 from .recipe import Recipe
 from .source import Source
@@ -121,6 +121,13 @@ def _prompts(recipe: Recipe, source: Source, judged: Mapping[str, Windows]) -> d
             prompts[words] = tokenizer.encode(words, add_special=True)
         else:
             prompts[words] = tokenizer.encode(rendered)
+    for words, ids in prompts.items():
+        if len(ids) >= source.decoder.context_length:
+            raise UsageError(
+                f"a prompt under [validate] has {len(ids)} tokens: {words[:40]!r}...",
+                f"the model's context is {source.decoder.context_length} tokens",
+                "give a shorter prompt",
+            )
     if not prompts:
         for window in judged["held_out"].ids[:_PROMPTS]:
             ids = window[:_PROMPT_TOKENS].tolist()

@@ -110,7 +110,7 @@ def forecast(found: Forecast) -> None:
         "",
         ["predicted", ""],
         [
-            ["anonymous memory, peak", format_size(found.memory)],
+            ["anonymous memory, without judging", format_size(found.memory)],
             ["disk, with temporary files", format_size(found.disk)],
             ["free disk", format_size(found.free_disk)],
             ["time on this machine, about", f"{found.seconds:.0f} s"],

@@ -100,7 +100,7 @@ def _crash(module: str, job: str, status: int, log: IO[bytes]) -> errors.Slimpor
     return errors.ValidationFailed(
         f"{name} crashed while it ran {job} ({ended})",
         f"its last lines: {last}",
-        "the file is not fit to ship: export it again, and report this if it stays",
+        "export it again; if it stays, report these lines: a file that crashes is not fit to ship",
     )
 
 
