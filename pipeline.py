@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -107,16 +108,18 @@ def _same_origin(source: Source, plan: Plan, folder: Path) -> QuantizedCheckpoin
 def _quantize(
     source: Source, plan: Plan, windows: Windows | None, folder: Path, progress: Progress
 ) -> QuantizedCheckpoint:
-    return quantizer.quantize(
-        source.weights,
-        source.config,
-        plan,
-        folder,
-        calibration=windows,
-        tokenizer_folder=source.checkpoint.folder,
-        progress=progress,
-        origin=_origin(source),
-    )
+    with ThreadPoolExecutor(1) as pool:
+        origin = pool.submit(_origin, source)
+        return quantizer.quantize(
+            source.weights,
+            source.config,
+            plan,
+            folder,
+            calibration=windows,
+            tokenizer_folder=source.checkpoint.folder,
+            progress=progress,
+            origin=origin.result,
+        )
 
 
 def quantize(

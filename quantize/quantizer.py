@@ -48,7 +48,7 @@ def quantize(
     calibration: Windows | None,
     tokenizer_folder: Path,
     progress: Progress,
-    origin: Origin | None = None,
+    origin: Callable[[], Origin] = Origin,
 ) -> QuantizedCheckpoint:
     """Quantize `weights` by `plan` into `folder`, which appears only when it is complete.
 
@@ -58,6 +58,7 @@ def quantize(
         calibration: windows for calibrated methods; not used without one.
         tokenizer_folder: where tokenizer and licence files are copied from.
         progress: called with (stage, weights done, weights in all).
+        origin: called when the weights are done, so that hashing the base may go on meanwhile.
 
     Raises:
         UsageError: a calibrated method without windows, or `folder` holds something else.
@@ -72,14 +73,13 @@ def quantize(
             "it chooses codes by what the layers receive for real text",
             "give a text with --calibration FILE, or choose --method rtn",
         )
-    origin = origin or Origin()
     with store.replacing(folder) as partial, ThreadPoolExecutor(_threads()) as pool:
         blocks = _blocks(weights, decoder_config(config), plan, calibration, pool)
         with closing(blocks):
             records = _write(blocks, plan, partial, progress)
         digest = calibration.digest if calibration else None
         with store.writing(folder):
-            store.write_metadata(partial, config, plan, origin, digest, records, tokenizer_folder)
+            store.write_metadata(partial, config, plan, origin(), digest, records, tokenizer_folder)
     return QuantizedCheckpoint.open(folder)
 
 

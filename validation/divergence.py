@@ -5,16 +5,18 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from ..errors import BadInput, ValidationFailed
 from ..quantize.grid import Float32
 from . import logits
 from .runtime import Ids
+
+if TYPE_CHECKING:
+    import torch
 
 Float64 = npt.NDArray[np.float64]
 
@@ -88,6 +90,8 @@ def _window(
     index: int, expected: Float32, found: Float32, ids: npt.NDArray[np.int32]
 ) -> tuple[Float64, Float64, Float64, Float64]:
     """KL and agreement (length,), then both negative log-likelihoods (length - 1,)."""
+    import torch  # here: exports that judge nothing start without it
+
     length, vocabulary = expected.shape
     nexts = torch.from_numpy(np.append(ids[1:], 0).astype(np.int64))
     step = max(1, _CHUNK // vocabulary)
@@ -106,10 +110,14 @@ def _window(
 
 
 def _log_softmax(rows: Float32) -> torch.Tensor:
+    import torch  # here: exports that judge nothing start without it
+
     return torch.from_numpy(np.array(rows)).double().log_softmax(-1)  # a copy: mapped read-only
 
 
 def _check_finite(window: int, values: torch.Tensor, name: str, cure: str) -> None:
+    import torch  # here: exports that judge nothing start without it
+
     if not bool(torch.isfinite(values).all()):
         raise ValidationFailed(
             f"{name} has logits that are not finite in window {window}",

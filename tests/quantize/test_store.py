@@ -32,7 +32,7 @@ def quantized(source, folder):
         calibration=None,
         tokenizer_folder=source,
         progress=lambda *_: None,
-        origin=Origin("tiny", "sha256:00", {"style": "sha256:11"}),
+        origin=lambda: Origin("tiny", "sha256:00", {"style": "sha256:11"}),
     )
 
 
