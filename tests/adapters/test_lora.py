@@ -235,7 +235,7 @@ REFUSED: dict[str, tuple[Edit, type[SlimportError], str]] = {
     "olora": (key(init_lora_weights="olora"), Unsupported, "changes the base"),
     "rank text": (key(r="4"), BadInput, "r = '4'"),
     "rank zero": (key(r=0), BadInput, "r = 0"),
-    "alpha NaN": (key(lora_alpha=NAN), BadInput, "lora_alpha = nan"),
+    "alpha NaN": (key(lora_alpha=NAN), BadInput, "NaN is no number"),
     "pattern": (key(rank_pattern={"q_proj": -1}), BadInput, r"rank_pattern\.q_proj"),
     "bad regex": (key(alpha_pattern={"q_(": 1}), BadInput, "regular expression"),
     "bad target": (key(target_modules="*"), BadInput, "regular expression"),
