@@ -25,11 +25,6 @@ SMALL = {
     "SLIMPORT_CALIBRATION_LENGTH": "128",
 }
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not (EXAMPLE / "slimport.toml").is_file(), reason="not trained yet"),
-]
-
 
 def slimport(*arguments: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "slimport", *map(str, arguments)]

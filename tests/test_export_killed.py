@@ -131,17 +131,11 @@ def kill_many(exports: Exports, kinds: list[str], chance: random.Random) -> None
     assert exports.left == ["android"]
 
 
-def test_six_kills(exports: Exports) -> None:
-    kill_many(exports, 2 * ["moment", "exchange", "renames"], random.Random(7))
-
-
-@pytest.mark.slow
 def test_sixty_kills(exports: Exports) -> None:
     """At any moment, and between any two changes to the disk around the swap."""
     kill_many(exports, 20 * ["moment", "exchange", "renames"], random.Random(1))
 
 
-@pytest.mark.slow
 def test_kills_from_the_very_start(tiny_llama: Path, tmp_path: Path) -> None:
     """The command as a user starts it, imports and all, the first time in an empty folder."""
     command = [

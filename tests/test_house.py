@@ -59,7 +59,6 @@ def test_every_dependency_has_an_exact_version() -> None:
     assert names <= pinned
 
 
-@pytest.mark.slow
 def test_the_built_wheel_works_in_an_empty_folder(tmp_path: Path) -> None:
     pip = [sys.executable, "-m", "pip", "--quiet"]
     built = tmp_path / "built"

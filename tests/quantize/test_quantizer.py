@@ -237,7 +237,7 @@ def write_model(folder, layers):
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads RssAnon from /proc")
-@pytest.mark.parametrize("method", ["rtn", pytest.param("gptq", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
 def test_twice_the_layers_the_same_memory(tmp_path, method):
     peaks = {}
     small = write_model(tmp_path / "1", 1)
