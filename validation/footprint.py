@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import zlib
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,15 +68,17 @@ def footprint(
 
 
 def compressed_size(file: Path) -> int:
-    """Bytes of one file after deflate, read in pieces."""
-    deflate, size = zlib.compressobj(_LEVEL), 0
+    """Bytes of one file after deflate, its pieces of 1 MiB compressed apart, in threads."""
     try:
-        with file.open("rb") as source:
-            while piece := source.read(_CHUNK):
-                size += len(deflate.compress(piece))
+        with file.open("rb") as source, ThreadPoolExecutor() as pool:
+            descriptor = source.fileno()
+
+            def compressed(start: int) -> int:
+                return len(zlib.compress(os.pread(descriptor, _CHUNK, start), _LEVEL))
+
+            return sum(pool.map(compressed, range(0, _size(file), _CHUNK)))
     except OSError as error:
         raise _unreadable(file, error) from error
-    return size + len(deflate.flush())
 
 
 def _size(file: Path) -> int:
