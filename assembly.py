@@ -46,8 +46,8 @@ class Files:
         )
 
 
-def copy_licenses(source: Source, texts: list[Path], folder: Path) -> list[str]:
-    """Copy the licences of base, adapters and example texts; returns their names in `folder`.
+def copy_licenses(source: Source, texts: list[Path], folder: Path) -> None:
+    """Copy the licences of base, adapters and example texts to licenses/.
 
     A text's licence is a LICENSE file beside it. Where a licence is missing nothing is copied, and
     the manifest shows it by its absence.
@@ -57,14 +57,11 @@ def copy_licenses(source: Source, texts: list[Path], folder: Path) -> list[str]:
         wanted[f"adapter-{entry.name}"] = license_files(entry.path)
     for number, place in enumerate(dict.fromkeys(text.parent for text in texts), 1):
         wanted["texts" if number == 1 else f"texts-{number}"] = license_files(place)
-    copied = []
     for owner, files in wanted.items():
         for file in files:
             target = folder / "licenses" / f"{owner}-{file.name}"
             target.parent.mkdir(exist_ok=True)
             shutil.copyfile(file, target)
-            copied.append(target.name)
-    return copied
 
 
 def write_tokenizer_notes(source: Source, golden: dict[str, Any] | None, folder: Path) -> None:

@@ -153,13 +153,14 @@ def check_adapter(
             file.tensors[f"{name}.{half}"].rows.view("<f4") for half in ("lora_a", "lora_b")
         )
         delta = adapter.deltas[weight.name]
-        strength = file.metadata["adapter.lora.alpha"] / delta.rank / (scale * delta.scale)
+        applied = second * np.float32(file.metadata["adapter.lora.alpha"] / delta.rank)
         if delta.embedding:
-            left, right = first, (second * strength).T
+            plain, other, scaled = delta.b, delta.a.T, applied
         else:
-            left, right = np.empty_like(second), first
-            left[source_rows(weight, config)] = second * strength
-        if not (np.allclose(left, delta.b, 1e-5, 1e-9) and np.allclose(right, delta.a, 1e-5, 1e-9)):
+            plain, other, scaled = delta.a, delta.b, np.empty_like(applied)
+            scaled[source_rows(weight, config)] = applied
+        wanted_scaled = other * np.float32(scale * delta.scale)
+        if not (np.array_equal(first, plain) and np.allclose(scaled, wanted_scaled, 1e-5, 1e-9)):
             raise _not_the_adapter(path, f"the update of {weight.name} has other factors")
 
 

@@ -172,6 +172,9 @@ def test_another_file_than_the_adapter_is_noticed(
     for base, scale in (("sha256:" + "cd" * 32, 0.5), (BASE, 1.0)):
         with pytest.raises(ValidationFailed, match="tone"):
             gguf.check_adapter(file, adapter, config, base, scale)
+    nothing = gguf.write_adapter(adapter, config, tmp_path, BASE, 0.0)
+    gguf.check_adapter(nothing, adapter, config, BASE, 0.0)
+    file = gguf.write_adapter(adapter, config, tmp_path, BASE, 0.5)
     damaged = bytearray(file.read_bytes())
     damaged[-1] ^= 0x80  # the sign of the last number
     file.write_bytes(damaged)
