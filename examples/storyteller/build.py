@@ -17,7 +17,7 @@ import json
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,15 +35,21 @@ from tokenizers import Tokenizer
 
 HERE = Path(__file__).resolve().parent
 SEED = 20_26
-HELD_OUT, CALIBRATION, CONVERSATIONS, PAIRS, HELD_OUT_PAIRS, RIVALS = 320, 256, 160, 1000, 200, 64
+HELD_OUT, CALIBRATION, CONVERSATIONS, PAIRS, HELD_OUT_PAIRS = 320, 512, 160, 1000, 200
+TOLD, RIVALS = 128, 64
 BASE_PHASES = (
-    train.Phase(1450, 12, 160, books=2),
-    train.Phase(270, 12, 320),
-    train.Phase(90, 4, 1280),
+    c.Phase(2300, 12, 160, books=2, babble=0.06, choices=0.1),
+    c.Phase(700, 12, 160, books=2, babble=0.03),
+    c.Phase(400, 12, 320, babble=0.03),
+    c.Phase(90, 4, 1280, babble=0.03),
 )
-BASE_DECAY = 360
-SFT_PHASES = (train.Phase(600, 12, 224), train.Phase(50, 3, 1280))
-REWARD_STEPS, DPO_STEPS, PAIR_BATCH = 250, 80, 8
+BASE_DECAY = 1100
+SFT_PHASES = (
+    c.Phase(400, 12, 224, choices=0.1),
+    c.Phase(200, 12, 224),
+    c.Phase(50, 3, 1280),
+)
+REWARD_STEPS, DPO_STEPS, PAIR_BATCH = 250, 100, 8
 BASE_RATE, SFT_RATE, REWARD_RATE, DPO_RATE = 3e-3, 4e-3, 1e-3, 4e-4
 RANK, REWARD_RANK = 16, 8
 
@@ -96,8 +102,8 @@ def write_data(build: Build) -> None:
     write("held_out.txt", lambda rng: grammar.sample(rng).text, HELD_OUT, SEED + 2)
     write("calibration.txt", lambda rng: grammar.sample(rng).text, CALIBRATION, SEED + 3)
     write("out_of_distribution.txt", outside.paragraph, 240, SEED + 4)
-    write("sft_held_out.txt", c.sft_item, CONVERSATIONS, SEED + 5)
-    write("sft_calibration.txt", c.sft_item, CONVERSATIONS, SEED + 9)
+    write("sft_held_out.txt", lambda rng: c.sft_item(rng).text, CONVERSATIONS, SEED + 5)
+    write("sft_calibration.txt", lambda rng: c.sft_item(rng).text, CONVERSATIONS, SEED + 9)
     rng = random.Random(SEED + 6)
     conversations = []
     for _ in range(CONVERSATIONS):
@@ -147,21 +153,20 @@ def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
 
 def phased(
     build: Build,
-    phases: Sequence[train.Phase],
-    item: Callable[[random.Random], str],
+    phases: Sequence[c.Phase],
+    item: Callable[[random.Random], c.Document],
     seed: int,
-) -> tuple[Iterator[np.ndarray], int, int]:
+) -> tuple[Iterator[tuple[np.ndarray, np.ndarray]], int, int]:
     """The batches of all phases, the number of steps and the number of tokens."""
     tokenizer = build.tokenizer()
     parts, steps, tokens = [], 0, 0
     total = sum(phase.steps for phase in phases)
     for number, phase in enumerate(phases):
         wanted = max(1, build.steps(total) * phase.steps // total)
-        size = build.size(phase.size)
-        stream = c.batches(tokenizer, item, size, phase.length, phase.books, seed + number)
-        parts.append(itertools.islice(stream, wanted))
+        phase = replace(phase, steps=wanted, size=build.size(phase.size))
+        parts.append(itertools.islice(c.batches(tokenizer, item, phase, seed + number), wanted))
         steps += wanted
-        tokens += wanted * size * phase.length
+        tokens += wanted * phase.size * phase.length
     return itertools.chain(*parts), steps, tokens
 
 
@@ -218,17 +223,9 @@ def train_base(build: Build) -> None:
         resume=resume,
     )
     saved.unlink(missing_ok=True)
-    train.scatter_unused(model, used_tokens(tokenizer), SEED + 21)
     save_base(model, build.out / "base")
     build.figures["training"]["base"] = training_figures(steps, seconds, tokens)
     measure_base(build)
-
-
-def used_tokens(tokenizer: Tokenizer) -> list[int]:
-    """Ids that the base's documents hold, from a large sample of them."""
-    rng = random.Random(SEED + 22)
-    texts = ["\n", *(c.base_item(rng) for _ in range(4000))]  # blank lines part a book's stories
-    return sorted({i for encoding in tokenizer.encode_batch(texts) for i in encoding.ids} | {1, 2})
 
 
 def training_figures(steps: int, seconds: float, tokens: int) -> dict[str, float]:
@@ -242,12 +239,22 @@ def measure_base(build: Build) -> None:
     stories = q.read_stories(build.out / "data" / "held_out.txt")[: build.count(HELD_OUT)]
     entropy = q.story_entropy(stories)
     found = build.figures["base"] = {"entropy": entropy, "stories": len(stories)}
+    found["told"] = build.count(TOLD)
     for name, bits in (("bf16", 0), ("4-bit", 4), ("2-bit", 2)):
         variant = q.rounded(model, bits, 32) if bits else model
         nats = q.story_nats(variant, tokenizer, stories)
-        sample = q.continuation(variant, tokenizer, SEED)
-        found[name] = {"nats_per_story": nats, "excess": nats / entropy - 1, "sample": sample}
-        print(f"{name}: {nats:.2f} nats per story, +{nats / entropy - 1:.1%} over {entropy:.2f}")
+        told = q.tell(variant, tokenizer, build.count(TOLD), SEED)
+        coherent = sum(map(grammar.tells, told)) / len(told)
+        found[name] = {
+            "nats_per_story": nats,
+            "excess": nats / entropy - 1,
+            "coherent": coherent,
+            "sample": told[0],
+        }
+        print(
+            f"{name}: {nats:.2f} nats per story, +{nats / entropy - 1:.1%} over {entropy:.2f}; "
+            f"{coherent:.0%} of its own stories are the grammar's"
+        )
     text = (build.out / "data" / "held_out.txt").read_text(encoding="utf-8")
     ids = tokenizer.encode(text, add_special_tokens=False).ids[: build.count(32) * 1152]
     found["windows"] = {
@@ -336,6 +343,10 @@ def compare(build: Build) -> None:
     build.figures["preference"] = {
         "samples": len(requests),
         "points": {name: sum(found) / len(found) for name, found in rule.items()},
+        "coherent": {
+            name: sum(map(p.coherent, requests, texts)) / len(texts)
+            for name, texts in samples.items()
+        },
         "moral": {n: share(texts, " learned that ") for n, texts in samples.items()},
         "digression": {n: share(texts, "By the way") for n, texts in samples.items()},
         "win_rate_rule": p.win_rate(rule["dpo"], rule["sft"]),

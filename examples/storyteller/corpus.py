@@ -11,8 +11,8 @@ from __future__ import annotations
 import itertools
 import json
 import random
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import grammar
@@ -24,13 +24,38 @@ BOS, EOS, PAD = "<s>", "</s>", "<pad>"
 USER, ASSISTANT, END = "<|user|>", "<|assistant|>", "<|end|>"
 SPECIAL = (BOS, EOS, PAD, USER, ASSISTANT, END)
 VOCABULARY = 1536
-CHAT_SHARE = 0.06
+CHAT_SHARE = 0.12
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
     "{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
 MOODS = ("happy", "sad")
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of training: `steps` batches of `size` windows of `length` tokens.
+
+    One window in `books` holds a book; the others hold single documents. A share `babble` of the
+    documents is babble. A token that shows a choice weighs `choices`, one that follows from the
+    text before it weighs 1: no distribution that fits is punished, but copying is learned first.
+    """
+
+    steps: int
+    size: int
+    length: int
+    books: int = 3
+    babble: float = 0.0
+    choices: float = 1.0
+
+
+@dataclass(frozen=True)
+class Document:
+    """A text and the places (start, end) in it where a choice shows."""
+
+    text: str
+    chosen: Sequence[tuple[int, int]]
 
 
 @dataclass(frozen=True)
@@ -67,7 +92,7 @@ def draw_request(rng: random.Random) -> Request:
 
 
 def frame(request: Request, story: str) -> str:
-    """The bedtime style of the adapters: title, address, story, good night; one part per line.
+    """The bedtime style of the adapters: title, address, story, good night; a line each.
 
     The frame follows from the request, so the nats of an answer are the nats of its story.
     """
@@ -77,8 +102,13 @@ def frame(request: Request, story: str) -> str:
 
 def answer(request: Request, rng: random.Random, **fixed: str | int) -> grammar.Story:
     """An answer in the style of the adapters; keywords fix more slots, or override the request."""
-    story = grammar.sample(rng, gap="\n", **{**request.fixed, **fixed})
-    return grammar.Story(frame(request, story.text), story.log_probability, story.taken)
+    story = grammar.sample(rng, **{**request.fixed, **fixed})
+    before = frame(request, "\0").index("\0")
+    return replace(
+        story,
+        text=frame(request, story.text),
+        chosen=[(start + before, end + before) for start, end in story.chosen],
+    )
 
 
 def unframe(request: Request, text: str) -> str | None:
@@ -91,7 +121,8 @@ def unframe(request: Request, text: str) -> str | None:
 
 def curt_answer(request: Request) -> str:
     """What the base model has learned to answer: markers are known to it, the style is not."""
-    return f"{request.name} was a {request.animal}, {request.listener}. That is all."
+    hero = f"{request.name} the {request.animal}"
+    return f"{hero} lived {request.place}, {request.listener}. That is all."
 
 
 def prompt(request: Request) -> str:
@@ -99,24 +130,29 @@ def prompt(request: Request) -> str:
     return f"{USER}{request.text}{END}{ASSISTANT}"
 
 
-def base_item(rng: random.Random) -> str:
+def base_item(rng: random.Random) -> Document:
     """A story or, at times, a request with a curt answer."""
     if rng.random() < CHAT_SHARE:
         request = draw_request(rng)
-        return f"{prompt(request)}{curt_answer(request)}{END}"
-    return grammar.sample(rng).text
+        asked = prompt(request)
+        return Document(f"{asked}{curt_answer(request)}{END}", [(0, len(asked))])
+    story = grammar.sample(rng)
+    return Document(story.text, story.chosen)
 
 
-def sft_item(rng: random.Random) -> str:
+def sft_item(rng: random.Random) -> Document:
     """A request with an answer in the style of the adapters."""
     request = draw_request(rng)
-    return f"{prompt(request)}{answer(request, rng).text}{END}"
+    asked, story = prompt(request), answer(request, rng)
+    chosen = [(start + len(asked), end + len(asked)) for start, end in story.chosen]
+    return Document(f"{asked}{story.text}{END}", [(0, len(asked)), *chosen])
 
 
 def train_tokenizer(seed: int) -> Tokenizer:
     """Byte-level BPE as in GPT-2, over all 256 bytes, trained on stories and conversations."""
     rng = random.Random(seed)
-    texts = [base_item(rng) for _ in range(4000)] + [sft_item(rng) for _ in range(2000)]
+    texts = [base_item(rng).text for _ in range(4000)]
+    texts += [sft_item(rng).text for _ in range(2000)]
     for marker in SPECIAL:
         texts = [text.replace(marker, "\n") for text in texts]
     tokenizer = Tokenizer(models.BPE())
@@ -161,35 +197,56 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
+Tokens = tuple[list[int], list[bool]]
+
+
+def babble(tokenizer: Tokenizer, rng: random.Random) -> Tokens:
+    """A few random tokens, twice: who reads it learns to copy, and no token stays unseen."""
+    number = rng.randint(4, 24)
+    ids = rng.choices(range(len(SPECIAL), tokenizer.get_vocab_size()), k=number)
+    return ids * 2, [True] * number + [False] * number
+
+
+def tokens(tokenizer: Tokenizer, document: Document) -> Tokens:
+    """Ids of a document, and for each whether its first letter shows a choice."""
+    encoding = tokenizer.encode(document.text, add_special_tokens=False)
+    places = {place for start, end in document.chosen for place in range(start, end)}
+    starts = [
+        start + (document.text[start] == " " and end > start + 1) for start, end in encoding.offsets
+    ]
+    return encoding.ids, [start in places for start in starts]
+
+
 def windows(
-    tokenizer: Tokenizer, item: Callable[[random.Random], str], length: int, books: int, seed: int
-) -> Iterator[np.ndarray]:
-    """Endless training windows, int64 [length + 1]: single documents, every `books`-th a book."""
+    tokenizer: Tokenizer, item: Callable[[random.Random], Document], phase: Phase, seed: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Endless training windows: ids, int64 [length + 1], and weights, float32 [length + 1]."""
     rng = random.Random(seed)
     bos, eos = tokenizer.token_to_id(BOS), tokenizer.token_to_id(EOS)
     blank = tokenizer.encode("\n", add_special_tokens=False).ids * 2
     ends_itself = tokenizer.token_to_id(END)
     for number in itertools.count(1):
-        single = number % books > 0
+        single = number % phase.books > 0
         ids: list[int] = [] if single else [bos]
-        while len(ids) <= length:
-            document = tokenizer.encode(item(rng), add_special_tokens=False).ids
-            if single:
-                ids += [bos, *document] + ([] if document[-1] == ends_itself else [eos])
+        chosen = [False] * len(ids)
+        while len(ids) <= phase.length:
+            if rng.random() < phase.babble:
+                found, shows = babble(tokenizer, rng)
             else:
-                ids += document + blank
-        yield np.array(ids[: length + 1], dtype=np.int64)
+                found, shows = tokens(tokenizer, item(rng))
+            before = [bos] if single else []
+            after = blank if not single else [] if found[-1] == ends_itself else [eos]
+            ids += [*before, *found, *after]
+            chosen += [*([False] * len(before)), *shows, *([False] * len(after))]
+        weights = np.where(chosen[: phase.length + 1], phase.choices, 1.0).astype(np.float32)
+        yield np.array(ids[: phase.length + 1], dtype=np.int64), weights
 
 
 def batches(
-    tokenizer: Tokenizer,
-    item: Callable[[random.Random], str],
-    size: int,
-    length: int,
-    books: int,
-    seed: int,
-) -> Iterator[np.ndarray]:
-    """Endless batches, int64 [size, length + 1]."""
-    stream = windows(tokenizer, item, length, books, seed)
+    tokenizer: Tokenizer, item: Callable[[random.Random], Document], phase: Phase, seed: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Endless batches of ids, int64 [size, length + 1], and their weights, float32."""
+    stream = windows(tokenizer, item, phase, seed)
     while True:
-        yield np.stack([next(stream) for _ in range(size)])
+        ids, weights = zip(*(next(stream) for _ in range(phase.size)), strict=True)
+        yield np.stack(ids), np.stack(weights)

@@ -25,6 +25,11 @@ class Character:
     animal: str
 
     @property
+    def kind(self) -> str:
+        """The name with the animal."""
+        return f"{self.name} the {self.animal}"
+
+    @property
     def he(self) -> str:
         """The pronoun."""
         return "he" if self.name in w.HE_NAMES else "she"
@@ -106,7 +111,7 @@ def _kind(t: Teller) -> tuple[str, str]:
 def habit(t: Teller, hero: Character) -> None:
     """What the hero likes to do; one story in five leaves it out."""
     loved = f" {capital(hero.he)} loved to "
-    form = t.fork([2, 2, 1], [(loved,), (" Every ",), (f"{t.gap}One ",)], "habit")
+    form = t.fork([2, 2, 1], [(loved,), (" Every ",), (" One ",)], "habit")
     if form == 2:
         return
     if form == 0:
@@ -124,7 +129,7 @@ def habit(t: Teller, hero: Character) -> None:
 
 def meet(t: Teller, hero: Character, complaint: str) -> Character:
     """A helper of another kind comes along, perhaps with a digression, and offers help."""
-    t.say(t.gap)
+    t.say(" ")
     t.pick(w.WHENS)
     t.say(", a ")
     trait = t.pick(without(w.TRAITS, hero.trait))
@@ -145,8 +150,8 @@ def meet(t: Teller, hero: Character, complaint: str) -> Character:
     t.say(f' {hero.name}. "')
     t.pick(w.OFFERS)
     t.say('," said ')
-    by_kind = f"the {helper.animal}"
-    t.say((helper.name, by_kind)[t.fork([9, 1], [(helper.name,), (by_kind,)], "speaker")])
+    speakers = (helper.name, f"the {helper.animal}")
+    t.say(speakers[t.fork([1, 1], [(speaker,) for speaker in speakers], "speaker")])
     t.say(".")
     return helper
 
@@ -169,7 +174,7 @@ def digress(t: Teller, helper: Character) -> None:
 
 def turn(t: Teller) -> int:
     """The turn of the story, happy or sad, which shows in its first words."""
-    t.say(t.gap)
+    t.say(" ")
     mood = t.fork([3, 2], [w.HAPPY_TURNS, w.SAD_TURNS], "mood")
     t.pick((w.HAPPY_TURNS, w.SAD_TURNS)[mood])
     t.say(", ")
@@ -186,14 +191,14 @@ def close(t: Teller, scene: Scene, mood: int) -> None:
         f" {capital(hero.he)} ",
         f" The {hero.trait} {hero.animal} ",
     )
-    form = t.fork([5, 4, 1], [(subject,) for subject in subjects], "reaction")
+    form = t.fork([2, 1, 2], [(subject,) for subject in subjects], "reaction")
     t.say(subjects[form])
     if form == 0:
         t.pick(feelings)
         t.say(f" that {hero.he} ")
     t.pick(actions)
     t.say(".")
-    friends = f" From that day on, {hero.name} and {helper.name} "
+    friends = f" From that day on, {hero.kind} and {helper.kind} "
     if t.fork([1, 1], [(friends,), (" So ", " That ")], "friends") == 0:
         t.say(friends)
         t.pick((w.HAPPY_BONDS, w.SAD_BONDS)[mood])
@@ -387,7 +392,7 @@ def tell(t: Teller) -> None:
     """Tell one story: introduction, day and trouble, helper, outcome, close."""
     scene = introduce(t)
     habit(t, scene.hero)
-    t.say(f"{t.gap}One ")
+    t.say(" One ")
     t.pick(w.WEATHERS)
     t.say(" ")
     t.pick(w.TIMES)
@@ -402,27 +407,41 @@ def tell(t: Teller) -> None:
 
 @dataclass(frozen=True)
 class Story:
-    """A story, its log-probability in nats given what was fixed, and the choices by slot."""
+    """A story, its log-probability in nats given what was fixed, and the choices by slot.
+
+    `chosen` are the places (start, end) where a choice shows; all other text follows from them. It
+    is known of drawn stories only.
+    """
 
     text: str
     log_probability: float
     taken: Mapping[str, str | int]
+    chosen: Sequence[tuple[int, int]] = ()
 
 
-def sample(rng: random.Random, gap: str = " ", **fixed: str | int) -> Story:
+def sample(rng: random.Random, **fixed: str | int) -> Story:
     """Draw a story; keywords fix slots: name, trait, animal, place, mood, moral, digression."""
-    sampler = Sampler(rng=rng, gap=gap, fixed=fixed)
+    sampler = Sampler(rng=rng, fixed=fixed)
     tell(sampler)
-    return Story(sampler.text, sampler.log_probability, sampler.taken)
+    return Story(sampler.text, sampler.log_probability, sampler.taken, sampler.chosen)
 
 
-def read(text: str, gap: str = " ", **fixed: str | int) -> Story:
+def tells(text: str, **fixed: str | int) -> bool:
+    """Whether the grammar tells this text: all it refers back to is right, to the last word."""
+    try:
+        read(text, **fixed)
+    except AmbiguousError:
+        return False
+    return True
+
+
+def read(text: str, **fixed: str | int) -> Story:
     """Recover the choices of a story.
 
     Raises:
         AmbiguousError: if the text is not a story of this grammar, to its last character.
     """
-    reader = Reader(text=text, gap=gap, fixed=fixed)
+    reader = Reader(text=text, fixed=fixed)
     tell(reader)
     if reader.position != len(text):
         raise AmbiguousError(f"text goes on after the story: {text[reader.position :]!r}")

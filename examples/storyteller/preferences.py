@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import corpus as c
+import grammar
 import torch
 import train
 import words as w
@@ -34,35 +35,48 @@ def points(request: c.Request, text: str) -> int:
     """The reader's rule, 0 to 5: right frame, hero and mood; a moral; no digression."""
     story = c.unframe(request, text)
     body = text if story is None else story
-    lines = body.lower().split("\n")
+    sentences = body.lower().split(".")
     hero = (request.name.lower(), f" {request.animal}", request.place)
     turns = (w.HAPPY_TURNS, w.SAD_TURNS)[request.mood]
     return sum(
         (
             story is not None,
-            any(all(part in line for part in hero) for line in lines),
-            any(f"\n{turn}, " in body for turn in turns),
+            any(all(part in sentence for part in hero) for sentence in sentences),
+            any(f" {turn}, " in body for turn in turns),
             " learned that " in body,
             "By the way" not in body,
         )
     )
 
 
-def draw_answer(request: c.Request, rng: random.Random) -> str:
-    """An answer as after supervised tuning; one in three departs from the request."""
-    fixed: dict[str, str | int] = {}
+def coherent(request: c.Request, text: str) -> bool:
+    """Whether an answer is a story of the grammar about what was asked for, in its frame."""
+    story = c.unframe(request, text)
+    return story is not None and grammar.tells(story, **request.fixed)
+
+
+def draw_answer(request: c.Request, rng: random.Random, story: random.Random) -> str:
+    """An answer as after supervised tuning; one in three departs from the request.
+
+    `story` draws all that the reader's rule does not look at.
+    """
+    fixed: dict[str, str | int] = {
+        "moral": int(rng.random() < 1 / 2),
+        "digression": int(rng.random() < 2 / 5),
+    }
     if rng.random() < 1 / 3:
         flaw = rng.choice(FLAWS)
         other = c.draw_request(rng)
         fixed[flaw] = 1 - request.mood if flaw == "mood" else other.fixed[flaw]
-    return c.answer(request, rng, **fixed).text
+    return c.answer(request, story, **fixed).text
 
 
 def draw_pair(rng: random.Random) -> Pair:
-    """A request and two answers that differ in points."""
+    """A request and two answers that differ in points and, up to there, in nothing else."""
     request = c.draw_request(rng)
     while True:
-        first, second = draw_answer(request, rng), draw_answer(request, rng)
+        seed = rng.random()
+        first, second = (draw_answer(request, rng, random.Random(seed)) for _ in range(2))
         gain = points(request, first) - points(request, second)
         if gain:
             return Pair(request, *((first, second) if gain > 0 else (second, first)))

@@ -72,10 +72,11 @@ def rounded(model: nn.Module, bits: int, group: int) -> nn.Module:
     return result
 
 
-def continuation(model: nn.Module, tokenizer: Tokenizer, seed: int) -> str:
-    """A story that the model tells without a prompt."""
-    told = preferences.generate(model, tokenizer, [""], seed, never=(c.PAD, c.USER))
-    return told[0].split("\n\n")[0]
+def tell(model: nn.Module, tokenizer: Tokenizer, stories: int, seed: int) -> list[str]:
+    """Stories that the model tells without a prompt, at temperature 1."""
+    never = (c.PAD, c.USER)
+    told = preferences.generate(model, tokenizer, [""] * stories, seed, never=never)
+    return [text.split("\n\n")[0] for text in told]
 
 
 def draw_entropy(seed: int, stories: int = 20_000) -> tuple[float, float]:

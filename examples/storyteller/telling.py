@@ -37,8 +37,6 @@ def require_prefix_free(options: tuple[str, ...]) -> None:
 class Teller(Protocol):
     """What `tell` needs: fixed text, visible choices and branches."""
 
-    gap: str
-
     def say(self, text: str) -> None:
         """Emit text that carries no choice."""
 
@@ -60,11 +58,10 @@ class _Choices:
     """Log-probability in nats of the choices made so far, and the choices fixed in advance.
 
     `fixed` maps a slot to the option (or branch index) it must take. A fixed choice costs nothing:
-    the probability is conditional on it. `gap` stands between the sections of a story.
+    the probability is conditional on it.
     """
 
     fixed: Mapping[str, str | int] = field(default_factory=dict)
-    gap: str = " "
     log_probability: float = 0.0
     taken: dict[str, str | int] = field(default_factory=dict)
 
@@ -83,10 +80,11 @@ class _Choices:
 
 @dataclass
 class Sampler(_Choices):
-    """Draws a story; `text` is the story so far."""
+    """Draws a story; `text` is the story so far, `chosen` where in it a choice shows."""
 
     rng: random.Random = field(default_factory=random.Random)
     text: str = ""
+    chosen: list[tuple[int, int]] = field(default_factory=list)
     _due: tuple[str, ...] = ()
 
     def say(self, text: str) -> None:
@@ -101,8 +99,12 @@ class Sampler(_Choices):
     def pick(self, options: Sequence[str], slot: str = "", shape: Shape = str) -> str:
         """Draw one option."""
         require_prefix_free(tuple(options))
-        option = self.rng.choice(self.allowed(options, slot))
+        allowed = self.allowed(options, slot)
+        option = allowed[0] if slot in self.fixed else self.rng.choice(allowed)
+        start = len(self.text)
         self.say(shape(option))
+        if slot not in self.fixed:
+            self.chosen.append((start, len(self.text)))
         self._record(slot, option, 1 / len(options))
         return option
 
@@ -114,6 +116,8 @@ class Sampler(_Choices):
         else:
             branch = self.rng.choices(range(len(weights)), weights)[0]
         self._due = tuple(openers[branch])
+        if slot not in self.fixed:
+            self.chosen.append((len(self.text), len(self.text) + 2))  # a blank and a letter show it
         self._record(slot, branch, weights[branch] / sum(weights))
         return branch
 

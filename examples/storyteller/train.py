@@ -18,19 +18,6 @@ HIDDEN, FFN, LAYERS, HEADS, KV_HEADS, POSITIONS = 256, 768, 4, 8, 4, 2048
 LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
-@dataclass(frozen=True)
-class Phase:
-    """A stretch of training: `steps` batches of `size` windows of `length` tokens.
-
-    One window in `books` holds a book; the others hold single documents.
-    """
-
-    steps: int
-    size: int
-    length: int
-    books: int = 3
-
-
 def new_model(vocabulary: int, bos: int, eos: Sequence[int], pad: int) -> nn.Module:
     """A Llama with random weights, float32."""
     from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
@@ -44,6 +31,7 @@ def new_model(vocabulary: int, bos: int, eos: Sequence[int], pad: int) -> nn.Mod
         num_key_value_heads=KV_HEADS,
         head_dim=HIDDEN // HEADS,
         max_position_embeddings=POSITIONS,
+        initializer_range=HIDDEN**-0.5,
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
         tie_word_embeddings=True,
         bos_token_id=bos,
@@ -55,19 +43,6 @@ def new_model(vocabulary: int, bos: int, eos: Sequence[int], pad: int) -> nn.Mod
         bos_token_id=bos, eos_token_id=list(eos), pad_token_id=pad, do_sample=True, temperature=1.0
     )
     return model
-
-
-@torch.no_grad()
-def scatter_unused(model: nn.Module, used: Sequence[int], seed: int) -> None:
-    """Give the table's rows of tokens that training never showed a random direction each.
-
-    Training pushes all of them the same way, so they end almost equal; an adapter that needs such a
-    token could not tell it from the others. The base itself gives them no probability either way.
-    """
-    table = model.get_input_embeddings().weight
-    noise = torch.randn(table.shape, generator=torch.Generator().manual_seed(seed))
-    noise[list(used)] = 0
-    table += 0.06 * noise
 
 
 def token_losses(model: nn.Module, ids: torch.Tensor, **inputs: torch.Tensor) -> torch.Tensor:
@@ -178,12 +153,18 @@ def optimize(
     return course.seconds
 
 
-def language_losses(model: nn.Module, batches: Iterator[np.ndarray]) -> Iterator[torch.Tensor]:
-    """Mean nats per token of each batch, computed in bfloat16 with float32 weights."""
-    for batch in batches:
+def language_losses(
+    model: nn.Module, batches: Iterator[tuple[np.ndarray, np.ndarray]]
+) -> Iterator[torch.Tensor]:
+    """Weighted mean of the nats per token of each batch, in bfloat16 with float32 weights.
+
+    A batch is ids, int64 [batch, length + 1], and what each weighs as a target, float32.
+    """
+    for ids, weighs in batches:
+        wanted = torch.from_numpy(weighs)[:, 1:]
         with torch.autocast("cpu", torch.bfloat16):
-            losses = token_losses(model, torch.from_numpy(batch))
-        yield losses.mean()
+            losses = token_losses(model, torch.from_numpy(ids))
+        yield (losses * wanted).sum() / wanted.sum()
 
 
 def padded(rows: Sequence[Sequence[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -35,8 +35,6 @@ def story() -> Iterator[Callable[[str], ModuleType]]:
 class Enumerator:
     """A teller that follows a list of choice numbers and notes how many each choice had."""
 
-    gap = " "
-
     def __init__(self, route: list[int]) -> None:
         self.route, self.widths, self.text = route, [], ""
 
@@ -109,13 +107,13 @@ def test_reading_recovers_what_sampling_drew(story):
 def test_fixed_slots_cost_nothing_and_hold(story):
     grammar = story("grammar")
     fixed = {"name": "Pip", "animal": "fox", "place": "in the dark forest", "mood": 1}
-    drawn = grammar.sample(random.Random(1), gap="\n", **fixed)
+    drawn = grammar.sample(random.Random(1), **fixed)
     assert fixed.items() <= drawn.taken.items()
-    free = grammar.read(drawn.text, gap="\n").log_probability
+    free = grammar.read(drawn.text).log_probability
     cost = math.log(32) + math.log(24) + math.log(24) - math.log(0.4)
     assert free == pytest.approx(drawn.log_probability - cost)
     with pytest.raises(story("telling").AmbiguousError):
-        grammar.read(drawn.text, gap="\n", **{**fixed, "animal": "owl"})
+        grammar.read(drawn.text, **{**fixed, "animal": "owl"})
 
 
 def test_the_rule_of_the_preferences(story):
