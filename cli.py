@@ -15,10 +15,10 @@ from typing import Any, NoReturn, TypeVar
 
 import click
 
-from . import console
 from .errors import EnvironmentFailed, SlimportError, UsageError
 from .recipe import Recipe, from_environment, load, parse_adapter, template
 from .settings import format_size
+from .terminal import console
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -178,7 +178,9 @@ def export(
     slimport export ./model --adapter support=./lora --target android -o dist
     slimport export ./model --method rtn --target galaxy-s24 --dry-run
     """
-    from . import forecast, pipeline, views
+    from . import pipeline
+    from .shipping import forecast
+    from .terminal import views
 
     recipe = _recipe(**flags, targets=target)
     if dry_run:
@@ -230,7 +232,8 @@ def inspect(offline: bool, as_json: bool, quiet: bool, debug: bool, **flags: Any
 
     MODEL may also be a bundle or a .gguf file.
     """
-    from . import inspection, views
+    from . import inspection
+    from .terminal import views
 
     found = inspection.inspect(_recipe(**flags), offline=offline)
     _print_json(found) if as_json else views.inspection(found)
@@ -245,7 +248,8 @@ def validate(
     bundle: str, offline: bool, as_json: bool, quiet: bool, debug: bool, **flags: Any
 ) -> int:
     """Judge BUNDLE again, against the full-precision MODEL and adapter that it was made from."""
-    from . import pipeline, views
+    from . import pipeline
+    from .terminal import views
 
     recipe = _recipe(**flags)
     with console.progress(quiet) as progress:
@@ -260,7 +264,8 @@ def validate(
 @output_options
 def check(bundle: str, target: str | None, as_json: bool, quiet: bool, debug: bool) -> int:
     """Compare what was measured of BUNDLE with its budgets; exit code 3 when one is broken."""
-    from . import pipeline, views
+    from . import pipeline
+    from .terminal import views
 
     budgets = pipeline.check(Path(bundle), target)
     rows = [budget.to_json() for budget in budgets]
@@ -290,8 +295,8 @@ def verify(bundle: str, as_json: bool, quiet: bool, debug: bool) -> None:
 @output_options
 def targets(as_json: bool, quiet: bool, debug: bool) -> None:
     """List the device profiles."""
-    from . import views
     from .targets.target import load_target, names
+    from .terminal import views
 
     profiles = [load_target(name) for name in names()]
     if as_json:
@@ -305,7 +310,8 @@ def targets(as_json: bool, quiet: bool, debug: bool) -> None:
 @output_options
 def doctor(as_json: bool, quiet: bool, debug: bool) -> int:
     """Say what is installed, which containers work, and the command that cures the rest."""
-    from . import inspection, views
+    from . import inspection
+    from .terminal import views
 
     checks = inspection.doctor()
     rows = [row.to_json() for row in checks]

@@ -16,9 +16,9 @@ from .architectures import decoder_config
 from .errors import DependencyMissing
 from .export.gguf import reader
 from .quantize import ggml
-from .quantize.plan import Plan
+from .quantize.plan import Plan, grid_summary
 from .recipe import Recipe
-from .source import open_source, plan_of
+from .shipping.source import open_source, plan_of
 
 _LIBRARIES = ("torch", "transformers", "peft", "safetensors", "tokenizers", "numba", "gguf", "rich")
 _LONG = ("config", "digests", "errors")  # of a manifest: one line per weight
@@ -79,23 +79,6 @@ def _model(recipe: Recipe, offline: bool) -> dict[str, Any]:
         ],
         "plan": plan.to_json() | {"summary": grid_summary(plan)},
     }
-
-
-def grid_summary(plan: Plan) -> list[dict[str, Any]]:
-    """Weights and bytes of codes and scales by grid and method."""
-    weights: Counter[tuple[str, str]] = Counter()
-    sizes: Counter[tuple[str, str]] = Counter()
-    for choice in plan.choices:
-        if not choice.weight.is_matrix:
-            continue
-        rows, columns = choice.weight.shape
-        key = (choice.grid.name if choice.grid else "float16", choice.method)
-        weights[key] += 1
-        sizes[key] += choice.grid.bytes_of((rows, columns)) if choice.grid else 2 * rows * columns
-    return [
-        {"grid": grid, "method": method, "weights": count, "bytes": sizes[grid, method]}
-        for (grid, method), count in sorted(weights.items())
-    ]
 
 
 def _gguf(path: Path) -> dict[str, Any]:

@@ -12,9 +12,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from . import bundle, shipment
+from . import bundle
 from .architectures import DecoderConfig, decoder_config
-from .assembly import Files
 from .checkpoint import read_json
 from .errors import BadInput, SlimportError, Unsupported, UsageError, ValidationFailed, worst
 from .export.container import Container
@@ -24,10 +23,12 @@ from .quantize.store import Origin, QuantizedCheckpoint
 from .quantize.tensor import QuantizedTensor, weights_digest
 from .quantize.windows import Windows
 from .recipe import Recipe
-from .shipment import CONTAINERS, RUNTIMES, Job, plan_jobs
-from .source import Source, open_source, plan_of
+from .shipping import shipment
+from .shipping.assembly import Files
+from .shipping.shipment import CONTAINERS, RUNTIMES, Job, plan_jobs
+from .shipping.source import Source, open_source, plan_of
+from .shipping.texts import read_texts
 from .targets.target import Limit, Target, load_target
-from .texts import read_texts
 from .validation import budget, report
 from .validation.budget import Budget
 from .validation.judge import judge

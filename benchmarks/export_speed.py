@@ -27,7 +27,7 @@ from slimport.quantize.ggml import Type
 from slimport.quantize.plan import make_plan
 from slimport.quantize.quantizer import quantize
 from slimport.quantize.store import QuantizedCheckpoint
-from slimport.tokenizer import Tokenizer
+from slimport.tokenizer.tokenizer import Tokenizer
 
 _THREADS = 2
 _CHUNK = 1 << 22  # bytes copied at a time

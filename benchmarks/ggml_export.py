@@ -26,7 +26,7 @@ from slimport.quantize.methods import rtn
 from slimport.quantize.plan import Plan
 from slimport.quantize.store import QuantizedCheckpoint
 from slimport.quantize.tensor import QuantizedTensor
-from slimport.tokenizer import Tokenizer
+from slimport.tokenizer.tokenizer import Tokenizer
 
 _BLOCK = 1 << 20  # weights in one block of rows, as in quantizer.py
 

@@ -28,7 +28,7 @@ from slimport.quantize.plan import FLOAT, Plan, make_plan
 from slimport.quantize.quantizer import quantize
 from slimport.quantize.store import QuantizedCheckpoint
 from slimport.quantize.windows import Windows, read_text, token_windows
-from slimport.tokenizer import Tokenizer
+from slimport.tokenizer.tokenizer import Tokenizer
 from slimport.validation import divergence
 from slimport.validation.divergence import Divergence
 from slimport.validation.runtimes import llamacpp, reference

@@ -17,7 +17,7 @@ from ..quantize.grid import Float32
 from ..quantize.plan import Plan
 from ..quantize.store import QuantizedCheckpoint
 from ..quantize.tensor import QuantizedTensor
-from ..tokenizer import Tokenizer
+from ..tokenizer.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -210,3 +211,20 @@ def _read(weight: Weight, entry: Mapping[str, Any]) -> Choice:
 
 def _malformed(why: str) -> BadInput:
     return BadInput("the plan in quantization.json is malformed", why, "quantize the model again")
+
+
+def grid_summary(plan: Plan) -> list[dict[str, Any]]:
+    """Weights and bytes of codes and scales by grid and method."""
+    weights: Counter[tuple[str, str]] = Counter()
+    sizes: Counter[tuple[str, str]] = Counter()
+    for choice in plan.choices:
+        if not choice.weight.is_matrix:
+            continue
+        rows, columns = choice.weight.shape
+        key = (choice.grid.name if choice.grid else "float16", choice.method)
+        weights[key] += 1
+        sizes[key] += choice.grid.bytes_of((rows, columns)) if choice.grid else 2 * rows * columns
+    return [
+        {"grid": grid, "method": method, "weights": count, "bytes": sizes[grid, method]}
+        for (grid, method), count in sorted(weights.items())
+    ]

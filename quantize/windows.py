@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import BadInput, UsageError
-from ..tokenizer import Tokenizer
+from ..tokenizer.tokenizer import Tokenizer
 
 Int32 = npt.NDArray[np.int32]
 Messages = Sequence[Mapping[str, str]]

@@ -20,7 +20,8 @@ from slimport import pipeline
 # that matter are not drowned in the seconds of start-up. No thread runs before the fork.
 SERVER = """
 import json, os, signal, sys, time
-from slimport import bundle, cli, pipeline, views
+from slimport import bundle, cli, pipeline
+from slimport.terminal import views
 
 def die_at(step):
     "SIGKILL this process before its step-th change to the disk from the swap on."

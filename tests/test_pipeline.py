@@ -21,7 +21,7 @@ from slimport.errors import BadInput, BudgetExceeded, Unsupported
 from slimport.export.gguf import reader
 from slimport.quantize.store import QuantizedCheckpoint
 from slimport.recipe import load
-from slimport.texts import SAMPLED
+from slimport.shipping.texts import SAMPLED
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # peft warns about tied tables
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ValidationFailed
-from ..tokenizer import Tokenizer
+from ..tokenizer.tokenizer import Tokenizer
 from .runtime import Runtime, Vocabulary
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..quantize.windows import Windows
-from ..tokenizer import Tokenizer
+from ..tokenizer.tokenizer import Tokenizer
 from . import conformance, divergence
 from .conformance import Conformance
 from .divergence import Divergence

@@ -128,7 +128,8 @@ def adapter_section(figures: dict[str, Any]) -> str:
         f"Held-out answers have an entropy of {figures['sft']['entropy']:.2f} nats given the "
         "request. "
         f"The other columns: {preference['samples']} samples each for held-out requests at "
-        "temperature 1; coherent is a story about what was asked for that the grammar could have told.\n\n"
+        "temperature 1; coherent is a story about what was asked for that the grammar could have "
+        "told.\n\n"
         + table(
             ["", "nats per answer", "points of 5", "coherent", "with moral", "with digression"],
             rows,

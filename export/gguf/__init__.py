@@ -14,7 +14,7 @@ from ...quantize.grid import Float32
 from ...quantize.plan import Plan
 from ...quantize.store import QuantizedCheckpoint
 from ...quantize.tensor import QuantizedTensor
-from ...tokenizer import Tokenizer
+from ...tokenizer.tokenizer import Tokenizer
 from ..container import ReadBack
 from . import compare, layout, reader
 from .adapter import BASE, predict_adapter, refuse_adapter, write_adapter

@@ -11,7 +11,7 @@ from pathlib import Path
 from string import Template
 
 from ...architectures import DecoderConfig
-from ...tokenizer import Tokenizer
+from ...tokenizer.tokenizer import Tokenizer
 
 # (what a file may need, release that has it, the pull request that brought it)
 _ARCHITECTURES = {

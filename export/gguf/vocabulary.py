@@ -8,8 +8,8 @@ import numpy as np
 from gguf import TokenType
 
 from ...errors import Unsupported
-from ...tokenizer import Tokenizer
-from ...vocabulary import Piece
+from ...tokenizer.tokenizer import Tokenizer
+from ...tokenizer.vocabulary import Piece
 from .writer import Value
 
 # Pieces that end a generation wherever they stand (llama.cpp's llama-vocab.cpp). Other EOS ids

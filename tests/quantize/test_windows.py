@@ -10,7 +10,7 @@ import pytest
 
 from slimport.errors import BadInput, UsageError
 from slimport.quantize.windows import read_text, token_windows, windows_of
-from slimport.tokenizer import Tokenizer
+from slimport.tokenizer.tokenizer import Tokenizer
 
 CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
 

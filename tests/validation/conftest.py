@@ -16,7 +16,7 @@ from slimport.export import gguf
 from slimport.export.gguf import layout
 from slimport.quantize.plan import make_plan
 from slimport.quantize.quantizer import quantize
-from slimport.tokenizer import Tokenizer
+from slimport.tokenizer.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)

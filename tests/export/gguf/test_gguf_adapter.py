@@ -19,7 +19,7 @@ from slimport.errors import Unsupported, ValidationFailed
 from slimport.export import gguf
 from slimport.export.gguf import layout
 from slimport.export.gguf.reader import open_gguf
-from slimport.tokenizer import Tokenizer
+from slimport.tokenizer.tokenizer import Tokenizer
 from slimport.validation.runtimes import llamacpp
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # peft warns about tied tables, rightly

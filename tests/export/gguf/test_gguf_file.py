@@ -16,7 +16,7 @@ from slimport.export import gguf
 from slimport.export.gguf import layout
 from slimport.export.gguf.metadata import rope_factors
 from slimport.quantize.tensor import QuantizedTensor, weights_digest
-from slimport.tokenizer import Tokenizer
+from slimport.tokenizer.tokenizer import Tokenizer
 from slimport.validation.runtimes import llamacpp
 
 FLOAT = {"*": "float16"}

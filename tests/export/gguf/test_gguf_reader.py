@@ -15,7 +15,7 @@ from slimport.errors import BadInput, ValidationFailed
 from slimport.export import gguf
 from slimport.export.gguf.reader import open_gguf
 from slimport.quantize.tensor import QuantizedTensor
-from slimport.tokenizer import Tokenizer
+from slimport.tokenizer.tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="module")

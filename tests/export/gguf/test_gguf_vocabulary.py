@@ -16,7 +16,7 @@ from slimport.errors import BadInput, Unsupported
 from slimport.export import gguf
 from slimport.export.gguf.vocabulary import ENDS, vocabulary_metadata
 from slimport.quantize.plan import make_plan
-from slimport.tokenizer import Tokenizer
+from slimport.tokenizer.tokenizer import Tokenizer
 from slimport.validation.runtimes import llamacpp
 
 SHARED = Path(__file__).parents[3] / "../shared/models"

@@ -11,14 +11,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from .bundle import canonical_json, sha256
-from .checkpoint import license_files
-from .export.container import Container
-from .quantize.store import QuantizedCheckpoint
-from .quantize.windows import Windows
-from .settings import format_size
+from ..bundle import canonical_json, sha256
+from ..checkpoint import license_files
+from ..export.container import Container
+from ..quantize.store import QuantizedCheckpoint
+from ..quantize.windows import Windows
+from ..settings import format_size
+from ..targets.target import Target
 from .source import Source
-from .targets.target import Target
 
 TOOLS = ("slimport", "torch", "transformers", "peft", "numpy", "numba", "gguf", "xllamacpp")
 _NFC = (

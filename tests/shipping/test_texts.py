@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from slimport.recipe import Recipe, Validate, load
-from slimport.source import Source, open_source
-from slimport.texts import SAMPLED, Texts, read_texts
+from slimport.shipping.source import Source, open_source
+from slimport.shipping.texts import SAMPLED, Texts, read_texts
 
 Run = Callable[..., Any]
 

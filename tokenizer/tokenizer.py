@@ -15,9 +15,9 @@ from typing import Any
 
 import tokenizers
 
-from .checkpoint import TOKENIZER_FILES, read_json, refuse_lfs_pointer
+from ..checkpoint import TOKENIZER_FILES, read_json, refuse_lfs_pointer
+from ..errors import BadInput, Unsupported
 from .conformance import MESSAGES, TEXTS
-from .errors import BadInput, Unsupported
 from .vocabulary import Kind, Piece, Scheme, read_pieces, read_scheme, space_charsmap
 
 _EOS_TOKENS = ("eos_token", "eot_token", "eom_token")

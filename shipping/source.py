@@ -8,15 +8,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from .adapters.adapter import Adapter
-from .adapters.lora import read_adapter
-from .adapters.merge import Merged, merged_config
-from .architectures import DecoderConfig, check_weights, decoder_config
-from .checkpoint import Checkpoint, Weights
-from .errors import Unsupported, UsageError
-from .quantize.plan import Plan, make_plan
-from .recipe import AdapterSource, Recipe
-from .tokenizer import Tokenizer
+from ..adapters.adapter import Adapter
+from ..adapters.lora import read_adapter
+from ..adapters.merge import Merged, merged_config
+from ..architectures import DecoderConfig, check_weights, decoder_config
+from ..checkpoint import Checkpoint, Weights
+from ..errors import Unsupported, UsageError
+from ..quantize.plan import Plan, make_plan
+from ..recipe import AdapterSource, Recipe
+from ..tokenizer.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, slots=True)

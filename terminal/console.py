@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from .errors import SlimportError
+from ..errors import SlimportError
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -6,13 +6,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from .errors import BadInput, UsageError
-from .quantize.windows import Windows, read_text, token_windows, windows_of
-from .recipe import Recipe
+from ..errors import BadInput, UsageError
+from ..quantize.windows import Windows, read_text, token_windows, windows_of
+from ..recipe import Recipe
+from ..tokenizer.tokenizer import Tokenizer
+from ..validation.runtimes import reference
+from ..validation.runtimes.reference import Oracle
 from .source import Source
-from .tokenizer import Tokenizer
-from .validation.runtimes import reference
-from .validation.runtimes.reference import Oracle
 
 Progress = Callable[[str, int, int], None]
 SAMPLED = "sampled from the full-precision model"

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal
 
-from .errors import BadInput, Unsupported
+from ..errors import BadInput, Unsupported
 
 Kind = Literal["spm", "bpe", "ugm"]
 PieceKind = Literal["normal", "unknown", "control", "user_defined", "unused", "byte"]

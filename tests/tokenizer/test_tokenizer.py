@@ -20,8 +20,8 @@ import pytest
 import tokenizers
 
 from slimport.errors import BadInput, SlimportError, Unsupported
-from slimport.tokenizer import Tokenizer
-from slimport.vocabulary import Piece, read_pieces, read_scheme, space_charsmap
+from slimport.tokenizer.tokenizer import Tokenizer
+from slimport.tokenizer.vocabulary import Piece, read_pieces, read_scheme, space_charsmap
 
 Edit = Callable[[dict[str, Any]], object]
 MODELS = Path(__file__).parents[1] / "../shared/models"

@@ -7,24 +7,25 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from . import assembly, bundle
+from .. import bundle
+from ..errors import Unsupported, UsageError, ValidationFailed
+from ..export import gguf
+from ..export.container import Container
+from ..quantize.plan import Plan
+from ..quantize.store import QuantizedCheckpoint
+from ..recipe import Recipe
+from ..targets import limits
+from ..targets.target import Limit, Target, load_target
+from ..validation import budget, report
+from ..validation.footprint import footprint
+from ..validation.judge import Case, Judgement, golden_json, judge
+from ..validation.runtime import Runtime
+from ..validation.runtimes import llamacpp
+from ..validation.runtimes.reference import Oracle
+from . import assembly
 from .assembly import Files
-from .errors import Unsupported, UsageError, ValidationFailed
-from .export import gguf
-from .export.container import Container
-from .quantize.plan import Plan
-from .quantize.store import QuantizedCheckpoint
-from .recipe import Recipe
 from .source import Source
-from .targets import limits
-from .targets.target import Limit, Target, load_target
 from .texts import Texts, oracle
-from .validation import budget, report
-from .validation.footprint import footprint
-from .validation.judge import Case, Judgement, golden_json, judge
-from .validation.runtime import Runtime
-from .validation.runtimes import llamacpp
-from .validation.runtimes.reference import Oracle
 
 Progress = Callable[[str, int, int], None]
 CONTAINERS: Mapping[str, Container] = {gguf.NAME: gguf}

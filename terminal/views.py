@@ -7,13 +7,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..pipeline import report_of
+from ..settings import format_size
 from .console import table
-from .pipeline import report_of
-from .settings import format_size
 
 if TYPE_CHECKING:
-    from .forecast import Forecast
-    from .targets.target import Target
+    from ..shipping.forecast import Forecast
+    from ..targets.target import Target
 
 Rows = Sequence[Mapping[str, Any]]
 

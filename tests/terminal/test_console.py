@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from slimport import console
 from slimport.errors import BadInput
+from slimport.terminal import console
 
 
 def test_an_error_is_three_lines_whatever_it_says(capsys: pytest.CaptureFixture[str]) -> None:

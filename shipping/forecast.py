@@ -9,11 +9,10 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from .architectures import Kind
-from .export.container import Container
-from .inspection import grid_summary
-from .quantize.plan import Plan
-from .recipe import Recipe
+from ..architectures import Kind
+from ..export.container import Container
+from ..quantize.plan import Plan, grid_summary
+from ..recipe import Recipe
 from .shipment import plan_jobs
 from .source import Source, open_source, plan_of
 

@@ -1,0 +1,1 @@
+"""What tokenizer.json says: ids, pieces, the pre-tokenizer's kind, chat template."""
