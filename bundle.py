@@ -252,9 +252,10 @@ def _settle(output: Path, stack: ExitStack) -> Path | None:
 
 
 def recover(destination: Path) -> None:
-    """Put the old bundle back if a kill fell between the two renames of `_exchange`'s fallback.
+    """Put the old folder back if a kill fell between the two renames of `_exchange`'s fallback.
 
-    `read_manifest` and `building` call it; without such an accident it does nothing.
+    Whoever opens a bundle or a quantized checkpoint calls it; without such an accident it does
+    nothing.
     """
     destination = destination.absolute()
     previous = _previous(destination)

@@ -297,7 +297,7 @@ def report_of(folder: Path) -> dict[str, Any]:
 
 def failing_code(found: Mapping[str, Any]) -> int:
     """The exit code for a report that did not pass: 4 for accuracy, 3 for sizes."""
-    broken = budget.failure([Budget(**entry) for entry in found["budgets"]])
+    broken = budget.failure(found)
     return broken.exit_code if broken else ValidationFailed.exit_code
 
 

@@ -50,7 +50,9 @@ def quantize(
     progress: Progress,
     origin: Callable[[], Origin] = Origin,
 ) -> QuantizedCheckpoint:
-    """Quantize `weights` by `plan` into `folder`, which appears only when it is complete.
+    """Quantize `weights` by `plan` into `folder`, which is emptied first and gone if that fails.
+
+    A checkpoint that must not be lost is replaced as `bundle.replacing` does.
 
     Args:
         weights: full precision, adapters merged; `rows` is called from several threads.
@@ -73,13 +75,13 @@ def quantize(
             "it chooses codes by what the layers receive for real text",
             "give a text with --calibration FILE, or choose --method rtn",
         )
-    with store.replacing(folder) as partial, ThreadPoolExecutor(_threads()) as pool:
+    with store.filling(folder), ThreadPoolExecutor(_threads()) as pool:
         blocks = _blocks(weights, decoder_config(config), plan, calibration, pool)
         with closing(blocks):
-            records = _write(blocks, plan, partial, progress)
+            records = _write(blocks, plan, folder, progress)
         digest = calibration.digest if calibration else None
         with store.writing(folder):
-            store.write_metadata(partial, config, plan, origin(), digest, records, tokenizer_folder)
+            store.write_metadata(folder, config, plan, origin(), digest, records, tokenizer_folder)
     return QuantizedCheckpoint.open(folder)
 
 
@@ -100,11 +102,11 @@ def restore(
         calibration: digest of the windows that they were calibrated on.
     """
     origin = origin or Origin()
-    with store.replacing(folder) as partial:
-        records = _write(_restored(tensors), plan, partial, lambda stage, done, total: None)
+    with store.filling(folder):
+        records = _write(_restored(tensors), plan, folder, lambda stage, done, total: None)
         with store.writing(folder):
             store.write_metadata(
-                partial, config, plan, origin, calibration, records, tokenizer_folder
+                folder, config, plan, origin, calibration, records, tokenizer_folder
             )
     return QuantizedCheckpoint.open(folder)
 

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from .. import bundle
 from ..architectures import DecoderConfig, decoder_config
 from ..checkpoint import LICENSES, TOKENIZER_FILES, read_json
 from ..errors import BadInput, EnvironmentFailed, UsageError
@@ -97,6 +98,7 @@ class QuantizedCheckpoint:
             UsageError: there is no such folder.
             BadInput: it holds something else, or its parts disagree.
         """
+        bundle.recover(folder)
         if not folder.is_dir():
             raise UsageError(
                 f"{folder} does not exist", "a quantized checkpoint is a folder", "check the path"
@@ -207,26 +209,22 @@ def shards(plan: Plan) -> tuple[Shard, ...]:
 
 
 @contextmanager
-def replacing(folder: Path) -> Iterator[Path]:
-    """A new folder to write into, which takes the place of `folder` if nothing is raised.
+def filling(folder: Path) -> Iterator[None]:
+    """Empty the folder, to be filled in the block; gone if anything is raised.
 
     Raises:
         UsageError: `folder` exists and is no quantized checkpoint.
         EnvironmentFailed: the disk is full or read-only.
     """
     refuse_foreign(folder)
-    partial = folder.parent / f".{folder.name}.partial"
     with writing(folder):
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
     try:
-        yield partial
-        with writing(folder):
-            if folder.exists():
-                shutil.rmtree(folder)
-            partial.rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        yield
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def refuse_foreign(folder: Path) -> None:

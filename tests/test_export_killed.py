@@ -1,4 +1,4 @@
-"""kill -9 of a real export at any moment: the old bundle or the new one, and never a half."""
+"""kill -9 of a real export or quantization at any moment: the old or the new, never a half."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from slimport import pipeline
+from slimport.quantize.store import QuantizedCheckpoint
 
 # Everything is imported once and each export is a process forked from that, so that the moments
 # that matter are not drowned in the seconds of start-up. No thread runs before the fork.
@@ -62,21 +63,25 @@ STEPS = 25  # changes to the disk by a swap and by the cleaning up after it
 
 @dataclass(frozen=True)
 class Exports:
-    """Exports of a tiny model to `output`, each in a process of its own."""
+    """Exports of a tiny model to a bundle in `output`, each in a process of its own."""
 
     server: subprocess.Popen[str]
     model: Path
     output: Path
+
+    result = "android"
+
+    @property
+    def command(self) -> list[str]:
+        """The verb and where it writes."""
+        return ["export", "--target", "android", "--no-validate", "-o", str(self.output)]
 
     def run(
         self, preset: str, *, after: float | None = None, step: int = 0, exchange: bool = True
     ) -> int:
         """The exit code; -9 if killed, `after` seconds or before the `step`-th change of a swap."""
         assert self.server.stdin is not None and self.server.stdout is not None
-        arguments = [
-            "export", str(self.model), "--target", "android", "--method", "rtn", "--no-validate",
-            "--preset", preset, "-q", "-o", str(self.output),
-        ]  # fmt: skip
+        arguments = [*self.command, str(self.model), "--method", "rtn", "--preset", preset, "-q"]
         job = {"arguments": arguments, "after": after, "step": step, "exchange": exchange}
         self.server.stdin.write(json.dumps(job) + "\n")
         self.server.stdin.flush()
@@ -85,23 +90,51 @@ class Exports:
     @property
     def digest(self) -> str:
         """Of the bundle that stands there, every file and every code of it verified."""
-        return str(pipeline.verify(self.output / "android")["weights_digest"])
+        return str(pipeline.verify(self.output / self.result)["weights_digest"])
 
     @property
     def left(self) -> list[str]:
         return [path.name for path in self.output.iterdir() if not path.name.endswith("lock")]
 
 
+class Quantizations(Exports):
+    """Quantizations of a tiny model to a checkpoint in `output`."""
+
+    result = "quantized"
+
+    @property
+    def command(self) -> list[str]:
+        return ["quantize", "-o", str(self.output / self.result)]
+
+    @property
+    def digest(self) -> str:
+        """Of the checkpoint that stands there, every code of it verified."""
+        found = QuantizedCheckpoint.open(self.output / self.result)
+        found.verify()
+        return found.weights_digest
+
+
 @pytest.fixture
-def exports(tiny_llama: Path, tmp_path: Path) -> Iterator[Exports]:
+def server() -> Iterator[subprocess.Popen[str]]:
     with subprocess.Popen(
         [sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as server:
-        yield Exports(server, tiny_llama, tmp_path / "dist")
+    ) as process:
+        yield process
+
+
+@pytest.fixture
+def exports(server: subprocess.Popen[str], tiny_llama: Path, tmp_path: Path) -> Exports:
+    return Exports(server, tiny_llama, tmp_path / "dist")
+
+
+@pytest.fixture
+def quantizations(server: subprocess.Popen[str], tiny_llama: Path, tmp_path: Path) -> Quantizations:
+    (tmp_path / "work").mkdir()
+    return Quantizations(server, tiny_llama, tmp_path / "work")
 
 
 def kill_many(exports: Exports, kinds: list[str], chance: random.Random) -> None:
-    """Export over a good bundle, be killed, look; then export and find nothing left behind."""
+    """Write over a good one, be killed, look; then write again and find nothing left behind."""
     presets = ["int4", "int4-all"]
     digests = {}
     for preset in presets:
@@ -129,12 +162,16 @@ def kill_many(exports: Exports, kinds: list[str], chance: random.Random) -> None
     assert killed["old"] and killed["new"] and sum(killed.values()) > len(kinds) / 2, killed
     assert exports.run(new) == 0
     assert exports.digest == digests[new]
-    assert exports.left == ["android"]
+    assert exports.left == [exports.result]
 
 
 def test_sixty_kills(exports: Exports) -> None:
     """At any moment, and between any two changes to the disk around the swap."""
     kill_many(exports, 20 * ["moment", "exchange", "renames"], random.Random(1))
+
+
+def test_thirty_kills_of_a_quantization(quantizations: Quantizations) -> None:
+    kill_many(quantizations, 10 * ["moment", "exchange", "renames"], random.Random(2))
 
 
 def test_kills_from_the_very_start(tiny_llama: Path, tmp_path: Path) -> None:

@@ -83,12 +83,24 @@ def require_validated(manifest: Mapping[str, Any]) -> None:
         )
 
 
-def failure(budgets: Sequence[Budget]) -> SlimportError | None:
-    """What the broken budgets amount to: ValidationFailed if accuracy is among them."""
-    broken = [budget for budget in budgets if not budget.ok]
+def failure(report: Mapping[str, Any]) -> SlimportError | None:
+    """Why a bundle with this report does not ship: broken budgets, or what its platform refuses.
+
+    ValidationFailed if accuracy is among it, else BudgetExceeded.
+    """
+    broken = [Budget(**entry) for entry in report["budgets"] if not entry["ok"]]
+    refused = [entry for entry in report["findings"] if entry["level"] == "refused"]
+    words = "; ".join(
+        [*(budget.message for budget in broken), *(entry["message"] for entry in refused)]
+    )
+    if refused and not broken:
+        return BudgetExceeded(
+            words,
+            f"the platform or its store would refuse the bundle ({refused[0]['source']})",
+            "build what is named as the platform asks, and export again",
+        )
     if not broken:
         return None
-    words = "; ".join(budget.message for budget in broken)
     if any(budget.unit != "bytes" for budget in broken):
         return ValidationFailed(
             words,

@@ -192,14 +192,12 @@ def test_only_a_quantized_checkpoint_is_replaced(finished, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
 
 
-def test_a_failed_run_leaves_the_old_one(finished, tmp_path):
+def test_a_failed_run_leaves_nothing(tmp_path):
     folder = tmp_path / "out"
-    before = quantized(finished[0], folder)
-    with pytest.raises(ZeroDivisionError), store.replacing(folder) as partial:
-        (partial / "half").touch()
+    with pytest.raises(ZeroDivisionError), store.filling(folder):
+        (folder / "half").touch()
         raise ZeroDivisionError
-    assert QuantizedCheckpoint.open(folder) == before
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert not folder.exists()
 
 
 def test_a_place_that_cannot_be_written(finished, tmp_path):

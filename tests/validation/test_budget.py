@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from slimport.errors import BudgetExceeded, ValidationFailed
+from slimport.errors import BudgetExceeded, SlimportError, ValidationFailed
 from slimport.settings import METRICS
 from slimport.targets.target import Limit, load_target
 from slimport.validation.budget import check, failure, limits, measured, require_validated
@@ -95,12 +95,21 @@ def test_the_recipe_stands_above_the_target() -> None:
 
 
 def test_failure_is_the_worst_of_the_broken() -> None:
+    def of(findings: list[dict[str, str]], **limits: Limit) -> SlimportError | None:
+        budgets = [one.to_json() for one in check(REPORT, limits)]
+        return failure({"budgets": budgets, "findings": findings})
+
     size, accuracy = Limit(1, "x"), Limit(0.001, "x")
-    assert failure(check(REPORT, {"kl_mean": Limit(0.1, "x")})) is None
-    only_size = failure(check(REPORT, {"model_bytes": size}))
+    small = {"level": "refused", "message": "a.so has 4 KB pages", "source": "Android"}
+    warning = {"level": "warning", "message": "large", "source": "Play"}
+    assert of([warning], kl_mean=Limit(0.1, "x")) is None
+    refused = of([small], kl_mean=Limit(0.1, "x"))
+    assert isinstance(refused, BudgetExceeded) and "a.so has 4 KB pages" in refused.what
+    assert "the platform or its store" in refused.why
+    only_size = of([], model_bytes=size)
     assert isinstance(only_size, BudgetExceeded) and only_size.exit_code == 3
     assert "model_bytes is 2.50 MB, it must be at most 1 B" in only_size.what
-    both = failure(check(REPORT, {"model_bytes": size, "kl_mean": accuracy}))
+    both = of([small], model_bytes=size, kl_mean=accuracy)
     assert isinstance(both, ValidationFailed) and both.exit_code == 4
     assert "model_bytes" in both.what and "kl_mean" in both.what
 
