@@ -16,7 +16,7 @@ from ..quantize.store import QuantizedCheckpoint
 from ..recipe import Recipe
 from ..targets import limits
 from ..targets.target import Limit, Target, load_target
-from ..validation import budget, report
+from ..validation import budget, conformance, report
 from ..validation.footprint import footprint
 from ..validation.judge import Case, Judgement, golden_json, judge
 from ..validation.runtime import Runtime
@@ -102,6 +102,8 @@ def build(
         files = pack(job, source, quantized, folder, progress)
         assembly.copy_licenses(source, texts.files, folder)
         if not texts.judged:
+            if recipe.pre is not None:  # a claim of the user's, and quick to check
+                conformance.check(source.tokenizer, files.model, RUNTIMES[job.container.NAME])
             assembly.write_tokenizer_notes(source, None, folder)
             assembly.write_readme(job.container, job.target, source, None, files, folder)
             bundle.write_manifest(folder, _manifest(job, recipe, source, quantized, texts, None))

@@ -17,7 +17,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from slimport import bundle, pipeline
-from slimport.errors import BadInput, BudgetExceeded, Unsupported
+from slimport.errors import BadInput, BudgetExceeded, Unsupported, ValidationFailed
 from slimport.export.gguf import reader
 from slimport.quantize.store import QuantizedCheckpoint
 from slimport.recipe import load
@@ -173,6 +173,15 @@ def test_a_container_is_refused_before_any_work(make_model: Run, tmp_path: Path)
     with pytest.raises(Unsupported, match="down_proj"):
         pipeline.export(load(path), validate=False)
     assert not (tmp_path / "dist").exists()
+
+
+def test_a_wrong_pre_is_found_without_validation_too(tiny_llama: Path, tmp_path: Path) -> None:
+    """The tiny tokenizer is gpt-2's kind; "tekken" parts digits and letters otherwise."""
+    path = tmp_path / "slimport.toml"
+    path.write_text(f'model = "{tiny_llama}"\ntargets = ["android"]\npre = "tekken"\n')
+    with pytest.raises(ValidationFailed, match="token"):
+        pipeline.export(load(path).override(method="rtn"), validate=False)
+    assert not (tmp_path / "dist" / "android").exists()
 
 
 # ---- what a bundle holds ----
