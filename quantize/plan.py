@@ -10,8 +10,8 @@ from math import prod
 from types import MappingProxyType
 from typing import Any
 
-from ..architectures import DecoderConfig, Weight, weights
-from ..errors import BadInput, Unsupported, UsageError
+from ..architectures import DecoderConfig, Kind, Weight, weights
+from ..errors import BadInput, UsageError
 from .grid import GRIDS, INT4_G32, INT4_G32_SIGNED, INT8_ROW, Grid
 
 FLOAT = "float16"  # as a pattern's value: the weight stays float
@@ -21,10 +21,14 @@ _NO_PATTERNS: Mapping[str, str] = MappingProxyType({})
 
 @dataclass(frozen=True, slots=True)
 class Preset:
-    """The grids of the matrices inside decoder layers and of embedding and head."""
+    """The grids of the matrices inside decoder layers and of embedding and head.
+
+    `promoted`: the grid of the Linears that `_is_promoted` names; None: they are like the others.
+    """
 
     linears: Grid
     tables: Grid
+    promoted: Grid | None = None
 
 
 PRESETS = {
@@ -32,6 +36,7 @@ PRESETS = {
     "int4-all": Preset(INT4_G32, INT4_G32),
     "int4-signed": Preset(INT4_G32_SIGNED, INT8_ROW),
     "int8": Preset(INT8_ROW, INT8_ROW),
+    "mixed": Preset(INT4_G32, INT8_ROW, promoted=INT8_ROW),
 }
 
 
@@ -129,7 +134,6 @@ def make_plan(
 
     Raises:
         UsageError: unknown preset, method or grid name; a pattern that matches no matrix.
-        Unsupported: preset `mixed`.
     """
     chosen = _preset(preset)
     if method not in METHODS:
@@ -147,16 +151,30 @@ def make_plan(
                 f"patterns are compared with whole names such as {every[0].name}",
                 "correct the pattern; `slimport inspect --json` lists every name",
             )
-    return Plan(preset, tuple(_choose(w, preset, chosen, method, grids) for w in every))
+    choices = []
+    for weight in every:
+        grid = chosen.tables if weight.is_table else chosen.linears
+        reason = f"preset {preset}"
+        if chosen.promoted and _is_promoted(weight, config.layers):
+            grid, reason = chosen.promoted, f"preset {preset}: promoted"
+        choices.append(_choose(weight, grid, reason, method, grids))
+    return Plan(preset, tuple(choices))
+
+
+def _is_promoted(weight: Weight, layers: int) -> bool:
+    """Values and down projections in the first and last eighth, and every third layer between.
+
+    These are the Linears that llama.cpp's `_K_M` mixes give more bits in most models; nothing is
+    measured of this one.
+    """
+    if weight.kind not in (Kind.V, Kind.DOWN) or weight.layer is None:
+        return False
+    eighth = max(1, layers // 8)
+    first, last = weight.layer < eighth, weight.layer >= layers - eighth
+    return first or last or (weight.layer - eighth) % 3 == 2
 
 
 def _preset(name: str) -> Preset:
-    if name == "mixed":
-        raise Unsupported(
-            "preset 'mixed' is not there yet",
-            "it promotes the most sensitive layers, and nothing measures sensitivity so far",
-            'take preset int4 and promote layers by pattern: "model.layers.0.*" = "int8-row"',
-        )
     if name not in PRESETS:
         raise UsageError(
             f"preset {name!r} is not known",
@@ -179,12 +197,14 @@ def _grid(pattern: str, name: str) -> Grid | None:
 
 
 def _choose(
-    weight: Weight, preset: str, grids: Preset, method: str, patterns: Mapping[str, Grid | None]
+    weight: Weight,
+    grid: Grid | None,
+    reason: str,
+    method: str,
+    patterns: Mapping[str, Grid | None],
 ) -> Choice:
     if not weight.is_matrix:
         return Choice(weight, None, "", "a vector: stays float32")
-    grid: Grid | None = grids.tables if weight.is_table else grids.linears
-    reason = f"preset {preset}"
     for pattern, wanted in patterns.items():
         if fnmatchcase(weight.name, pattern):
             grid, reason = wanted, f"pattern {pattern}"

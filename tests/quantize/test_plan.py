@@ -4,7 +4,7 @@ import sys
 import pytest
 
 from slimport.architectures import decoder_config, weights
-from slimport.errors import BadInput, Unsupported, UsageError
+from slimport.errors import BadInput, UsageError
 from slimport.quantize.grid import GRIDS, INT4_G32, INT8_ROW
 from slimport.quantize.plan import PRESETS, Plan, make_plan
 
@@ -44,7 +44,19 @@ def test_rows_that_do_not_divide_stay_float_with_the_reason():
     assert make_plan(decoder(), "int8")[DOWN].grid is INT8_ROW
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+def test_mixed_promotes_values_and_down_projections():
+    plan = make_plan(decoder(intermediate_size=96, num_hidden_layers=16), "mixed")
+    promoted = {c.weight.name for c in plan.choices if c.reason == "preset mixed: promoted"}
+    layers = (0, 1, 4, 7, 10, 13, 14, 15)
+    modules = ("self_attn.v_proj", "mlp.down_proj")
+    assert promoted == {f"model.layers.{i}.{m}.weight" for i in layers for m in modules}
+    for choice in plan.choices:
+        if choice.weight.is_linear:
+            wanted = INT8_ROW if choice.weight.name in promoted else INT4_G32
+            assert choice.grid is wanted
+
+
+@pytest.mark.parametrize("preset", [name for name in PRESETS if name != "mixed"])
 def test_presets(preset):
     plan = make_plan(decoder(intermediate_size=96), preset)
     linears = {c.grid for c in plan.choices if c.weight.is_linear}
@@ -76,7 +88,6 @@ def test_patterns_and_the_last_one_decides():
         ({"patterns": {"*": "int5"}}, UsageError, "int4-g32-signed"),
         ({"patterns": {"*.nothing.*": "int8-row"}}, UsageError, "*.nothing.*"),
         ({"patterns": {"*norm*": "int8-row"}}, UsageError, "matches no matrix"),
-        ({"preset": "mixed"}, Unsupported, "int4"),
     ],
 )
 def test_refusals(arguments, error, named):
