@@ -1,4 +1,4 @@
-"""One plain decoder in float32 torch, layer by layer; every family of architectures.py.
+"""One plain decoder in float32 torch, layer by layer; every family of architectures/.
 
 Functions over the weights of one layer, so calibration can stream a model through it and exporters
 can trace it. Held to transformers by a test; never the oracle of a validation.
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .architectures import DecoderConfig, Kind, Rope, weights
+from .architectures import DecoderConfig, Kind, LayerAttention, Rope, weights
 from .checkpoint import Weights
 
 
@@ -30,7 +30,7 @@ LayerWeights = Mapping[Kind, Parameters]
 Capture = Callable[[Kind, Tensor], None]
 
 # Linears that read the same input, under the first of them; and the norms that read the residual
-# stream to which the output of a Linear is added.
+# stream to which the output of a Linear is added, if it is added as it is.
 SHARED_INPUTS = {
     Kind.Q: (Kind.Q, Kind.K, Kind.V),
     Kind.ATTENTION_OUTPUT: (Kind.ATTENTION_OUTPUT,),
@@ -56,16 +56,44 @@ def load_layer(
     return {kind: Parameters(**fields) for kind, fields in found.items()}
 
 
-def rope_tables(config: DecoderConfig, length: int, start: int = 0) -> tuple[Tensor, Tensor]:
-    """Cosines and sines, each (length, head_dim), of positions start .. start + length - 1.
+class Tables(NamedTuple):
+    """What the attention of one layer needs to know of positions.
 
-    The second half of the columns repeats the first: heads are rotated in halves, as in Hugging
-    Face checkpoints.
+    Attributes:
+        cos, sin: (length, head_dim), the second half of the columns repeats the first: heads are
+            rotated in halves, as in Hugging Face checkpoints. None: nothing is rotated.
+        seen: bool (length, length), whether a position (row) sees another; None: all before it.
     """
-    positions = torch.arange(start, start + length, dtype=torch.float32)
-    angles = torch.outer(positions, _frequencies(config.rope, config.head_dim))
+
+    cos: Tensor | None
+    sin: Tensor | None
+    seen: Tensor | None
+
+
+def attention_tables(config: DecoderConfig, length: int) -> list[Tables]:
+    """The tables of every layer for windows of `length`; layers that look alike share them."""
+    made: dict[LayerAttention, Tables] = {}
+    found = []
+    for layer in range(config.layers):
+        attention = config.attention(layer)
+        if attention not in made:
+            made[attention] = _tables(attention, config.head_dim, length)
+        found.append(made[attention])
+    return found
+
+
+def _tables(attention: LayerAttention, head_dim: int, length: int) -> Tables:
+    seen = None
+    if attention.window is not None and attention.window < length:
+        ahead = torch.arange(length)[:, None] - torch.arange(length)
+        seen = (ahead >= 0) & (ahead < attention.window)
+    if attention.rope is None:
+        return Tables(None, None, seen)
+    positions = torch.arange(length, dtype=torch.float32)
+    angles = torch.outer(positions, _frequencies(attention.rope, head_dim))
     angles = torch.cat((angles, angles), dim=-1)
-    return angles.cos(), angles.sin()
+    scale = _yarn_scale(attention.rope) if attention.rope.kind == "yarn" else 1.0
+    return Tables(angles.cos() * scale, angles.sin() * scale, seen)
 
 
 def _frequencies(rope: Rope, head_dim: int) -> Tensor:
@@ -76,35 +104,65 @@ def _frequencies(rope: Rope, head_dim: int) -> Tensor:
         return plain
     if rope.kind == "linear":
         return plain / rope.factor
-    # llama3: long wavelengths are stretched, short ones kept, those between blended.
-    turns = rope.original_context * plain / (2 * math.pi)
-    blend = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
-    blend = blend.clamp(0.0, 1.0)
-    return (1 - blend) * plain / rope.factor + blend * plain
+    # Long wavelengths are stretched, short ones kept, those between blended.
+    if rope.kind == "llama3":
+        turns = rope.original_context * plain / (2 * math.pi)
+        kept = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+    else:
+        first, last = (
+            _yarn_pair(rope, head_dim, turns) for turns in (rope.beta_fast, rope.beta_slow)
+        )
+        first, last = max(math.floor(first), 0), min(math.ceil(last), head_dim - 1)
+        pairs = torch.arange(head_dim // 2, dtype=torch.float32)
+        kept = 1 - (pairs - first) / max(last - first, 0.001)
+    kept = kept.clamp(0.0, 1.0)
+    return (1 - kept) * plain / rope.factor + kept * plain
+
+
+def _yarn_pair(rope: Rope, head_dim: int, turns: float) -> float:
+    """The pair that turns so often within the original context."""
+    return (
+        head_dim
+        * math.log(rope.original_context / (turns * 2 * math.pi))
+        / (2 * math.log(rope.theta))
+    )
+
+
+def _yarn_scale(rope: Rope) -> float:
+    """Peng et al. 2023 (arXiv:2309.00071): what cosines and sines are multiplied by."""
+    return 0.1 * math.log(rope.factor) + 1.0 if rope.factor > 1 else 1.0
 
 
 def decoder_layer(
     hidden: Tensor,
     layer: LayerWeights,
     config: DecoderConfig,
-    cos: Tensor,
-    sin: Tensor,
+    tables: Tables,
     capture: Capture | None = None,
 ) -> Tensor:
     """One decoder layer over whole windows: (windows, length, hidden_size) in and out.
 
     Args:
-        cos, sin: `rope_tables` of the window's positions.
+        tables: of this layer, for the window's length.
         capture: called with each key of SHARED_INPUTS and each value of RESIDUALS, and the input
             that these weights read.
     """
     capture = capture or _ignore
     capture(Kind.ATTENTION_NORM, hidden)
-    normed = _rms_norm(hidden, layer[Kind.ATTENTION_NORM], config)
-    hidden = hidden + _attention(normed, layer, config, cos, sin, capture)
+    inputs = _norm(hidden, layer, Kind.ATTENTION_NORM, config)
+    added = _attention(inputs, layer, config, tables, capture)
+    added = _norm(added, layer, Kind.ATTENTION_POST_NORM, config)
+    hidden = hidden + added * config.residual_multiplier
     capture(Kind.FFN_NORM, hidden)
-    normed = _rms_norm(hidden, layer[Kind.FFN_NORM], config)
-    return hidden + _feed_forward(normed, layer, capture)
+    inputs = _norm(hidden, layer, Kind.FFN_NORM, config)
+    added = _feed_forward(inputs, layer, config, capture)
+    added = _norm(added, layer, Kind.FFN_POST_NORM, config)
+    return hidden + added * config.residual_multiplier
+
+
+def embed(tokens: Tensor, table: Tensor, config: DecoderConfig) -> Tensor:
+    """Hidden states (..., hidden_size) before the first layer, of ids or of places in `table`."""
+    return functional.embedding(tokens, table) * config.embedding_multiplier
 
 
 def head(hidden: Tensor, norm: Tensor, table: Tensor, config: DecoderConfig) -> Tensor:
@@ -112,17 +170,17 @@ def head(hidden: Tensor, norm: Tensor, table: Tensor, config: DecoderConfig) -> 
 
     With tied embeddings `table` is the embedding.
     """
-    return functional.linear(_rms_norm(hidden, Parameters(norm), config), table)
+    found = functional.linear(_rms_norm(hidden, norm, config), table) / config.logits_divisor
+    return _capped(found, config.logits_softcap)
 
 
 def logits(tokens: Tensor, source: Weights, config: DecoderConfig) -> Tensor:
     """The whole decoder, one layer in memory at a time: ids (windows, length) to logits."""
     names = {weight.kind: weight.name for weight in weights(config) if weight.layer is None}
     table = _read(source, names[Kind.EMBEDDING])
-    hidden = functional.embedding(tokens, table)
-    cos, sin = rope_tables(config, tokens.shape[-1])
-    for layer in range(config.layers):
-        hidden = decoder_layer(hidden, load_layer(source, config, layer), config, cos, sin)
+    hidden = embed(tokens, table, config)
+    for layer, tables in enumerate(attention_tables(config, tokens.shape[-1])):
+        hidden = decoder_layer(hidden, load_layer(source, config, layer), config, tables)
     norm = _read(source, names[Kind.FINAL_NORM])
     if not config.tied:
         table = _read(source, names[Kind.HEAD])
@@ -137,8 +195,7 @@ def _attention(
     hidden: Tensor,
     layer: LayerWeights,
     config: DecoderConfig,
-    cos: Tensor,
-    sin: Tensor,
+    tables: Tables,
     capture: Capture,
 ) -> Tensor:
     windows, length, _ = hidden.shape
@@ -147,36 +204,70 @@ def _attention(
     def heads(kind: Kind, norm: Kind | None = None) -> Tensor:
         """(windows, heads, length, head_dim)"""
         states = functional.linear(hidden, *layer[kind])
+        if norm and config.family.qk_norm == "row":
+            states = _norm(states, layer, norm, config)
         states = states.view(windows, length, -1, config.head_dim)
-        if norm is not None and config.family.qk_norm:
-            states = _rms_norm(states, layer[norm], config)
+        if norm and config.family.qk_norm == "head":
+            states = _norm(states, layer, norm, config)
         return states.transpose(1, 2)
 
-    query = _rotate(heads(Kind.Q, Kind.Q_NORM), cos, sin)
-    key = _repeat_heads(_rotate(heads(Kind.K, Kind.K_NORM), cos, sin), config)
+    query = _rotate(heads(Kind.Q, Kind.Q_NORM), tables)
+    key = _repeat_heads(_rotate(heads(Kind.K, Kind.K_NORM), tables), config)
     value = _repeat_heads(heads(Kind.V), config)
-    mixed = functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+    mixed = _mix(query, key, value, config, tables.seen)
     mixed = mixed.transpose(1, 2).reshape(windows, length, config.heads * config.head_dim)
     capture(Kind.ATTENTION_OUTPUT, mixed)
     return functional.linear(mixed, *layer[Kind.ATTENTION_OUTPUT])
 
 
-def _feed_forward(hidden: Tensor, layer: LayerWeights, capture: Capture) -> Tensor:
+def _mix(
+    query: Tensor, key: Tensor, value: Tensor, config: DecoderConfig, seen: Tensor | None
+) -> Tensor:
+    """Values weighted by the softmax of the scores; all (windows, heads, length, head_dim)."""
+    if config.attention_softcap is None:
+        return functional.scaled_dot_product_attention(
+            query, key, value, seen, is_causal=seen is None, scale=config.attention_scale
+        )
+    scores = _capped(query @ key.mT * config.attention_scale, config.attention_softcap)
+    if seen is None:
+        seen = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
+    return scores.masked_fill(~seen, -math.inf).softmax(-1) @ value
+
+
+def _capped(values: Tensor, cap: float | None) -> Tensor:
+    return values if cap is None else cap * torch.tanh(values / cap)
+
+
+def _feed_forward(
+    hidden: Tensor, layer: LayerWeights, config: DecoderConfig, capture: Capture
+) -> Tensor:
     capture(Kind.GATE, hidden)
-    gate = functional.silu(functional.linear(hidden, *layer[Kind.GATE]))
+    gate = functional.linear(hidden, *layer[Kind.GATE])
+    if config.family.activation == "silu":
+        gate = functional.silu(gate)
+    else:
+        gate = functional.gelu(gate, approximate="tanh")
     inner = gate * functional.linear(hidden, *layer[Kind.UP])
     capture(Kind.DOWN, inner)
     return functional.linear(inner, *layer[Kind.DOWN])
 
 
-def _rms_norm(hidden: Tensor, norm: Parameters, config: DecoderConfig) -> Tensor:
+def _norm(hidden: Tensor, layer: LayerWeights, kind: Kind, config: DecoderConfig) -> Tensor:
+    """The norm of a layer, or nothing where its family has none there."""
+    return _rms_norm(hidden, layer[kind].weight, config) if kind in layer else hidden
+
+
+def _rms_norm(hidden: Tensor, weight: Tensor, config: DecoderConfig) -> Tensor:
     variance = hidden.pow(2).mean(-1, keepdim=True)
-    return norm.weight * (hidden * torch.rsqrt(variance + config.rms_norm_eps))
+    normed = hidden * torch.rsqrt(variance + config.rms_norm_eps)
+    return normed * (weight + config.family.norm_offset)
 
 
-def _rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def _rotate(states: Tensor, tables: Tables) -> Tensor:
+    if tables.cos is None or tables.sin is None:
+        return states
     first, second = states.chunk(2, dim=-1)
-    return states * cos + torch.cat((-second, first), dim=-1) * sin
+    return states * tables.cos + torch.cat((-second, first), dim=-1) * tables.sin
 
 
 def _repeat_heads(states: Tensor, config: DecoderConfig) -> Tensor:

@@ -22,9 +22,11 @@ from ..decoder import (
     RESIDUALS,
     SHARED_INPUTS,
     LayerWeights,
+    Tables,
+    attention_tables,
     decoder_layer,
+    embed,
     load_layer,
-    rope_tables,
 )
 from ..errors import EnvironmentFailed
 from .grid import Float32
@@ -74,13 +76,13 @@ def layer_statistics(
     Raises:
         EnvironmentFailed: no room for the temporary files (8 bytes per token and hidden feature).
     """
-    tables = rope_tables(config, windows.ids.shape[1])
+    tables = attention_tables(config, windows.ids.shape[1])
     with _Activations(windows, config) as exact, _Activations(windows, config) as actual:
         for activations in (exact, actual):
             activations.embed(source, config)
         for index in range(config.layers):
             layer = load_layer(source, config, index)
-            found = _statistics(layer, config, exact, actual, tables)
+            found = _statistics(layer, config, exact, actual, tables[index])
             named = {
                 weight.name: found[weight.kind]
                 for weight in weights(config)
@@ -93,7 +95,9 @@ def layer_statistics(
                 replaced = {name: torch.from_numpy(array) for name, array in quantized.items()}
                 layer = load_layer(source, config, index, replaced)
                 for batch in range(actual.batches):
-                    actual.write(batch, decoder_layer(actual.read(batch), layer, config, *tables))
+                    moved = decoder_layer(actual.read(batch), layer, config, tables[index])
+                    actual.write(batch, moved)
+                    del moved
                 del quantized, replaced, layer
 
 
@@ -102,33 +106,34 @@ def _statistics(
     config: DecoderConfig,
     exact: _Activations,
     actual: _Activations,
-    tables: tuple[Tensor, Tensor],
+    tables: Tables,
 ) -> dict[Kind, Statistics]:
     """Statistics of the Linears of one full-precision layer; `exact` moves on to its output."""
     squares = {kind: torch.zeros(2 * layer[kind].weight.shape[1:]) for kind in SHARED_INPUTS}
     moves = {kind: torch.zeros_like(square) for kind, square in squares.items()}
-    residuals = {kind: torch.zeros_like(layer[kind].weight) for kind in RESIDUALS}
+    added = {} if Kind.ATTENTION_POST_NORM in layer else RESIDUALS  # not through another norm
+    residuals = {kind: torch.zeros_like(layer[kind].weight) for kind in added}
     for batch in range(exact.batches):
         wanted: dict[Kind, Tensor] = {}
         found: dict[Kind, Tensor] = {}
-        output = decoder_layer(exact.read(batch), layer, config, *tables, wanted.__setitem__)
+        output = decoder_layer(exact.read(batch), layer, config, tables, wanted.__setitem__)
         exact.write(batch, output)
-        decoder_layer(actual.read(batch), layer, config, *tables, found.__setitem__)
+        decoder_layer(actual.read(batch), layer, config, tables, found.__setitem__)
         missing = {kind: (wanted.pop(kind) - found[kind]).flatten(0, 1) for kind in found}
         for kind in SHARED_INPUTS:
             inputs = found[kind].flatten(0, 1)
             squares[kind].addmm_(inputs.T, inputs)
             moves[kind].addmm_(missing[kind].T, inputs)
-            if kind in RESIDUALS:
-                residuals[kind].addmm_(missing[RESIDUALS[kind]].T, inputs)
+            if kind in added:
+                residuals[kind].addmm_(missing[added[kind]].T, inputs)
     statistics = {}
     for first, kinds in SHARED_INPUTS.items():
         hessian = squares[first].div_(exact.tokens).numpy()
         move = moves.pop(first)
         for kind in kinds:
             drift = layer[kind].weight @ move
-            if kind in RESIDUALS:
-                drift += residuals.pop(kind)
+            if kind in added:
+                drift += residuals.pop(kind).div_(config.residual_multiplier)
             statistics[kind] = Statistics(hessian, drift.div_(exact.tokens).numpy())
     return statistics
 
@@ -163,10 +168,10 @@ class _Activations:
         """Write the embedding of every window; rows of the table are read in blocks."""
         used, places = np.unique(self._ids, return_inverse=True)
         rows = _embedding_rows(source, config, used)
-        places = places.reshape(self._ids.shape)
+        table, places = torch.from_numpy(rows), places.reshape(self._ids.shape)
         for batch in range(self.batches):
             chosen = places[self._span(batch)]
-            self.write(batch, torch.from_numpy(rows[chosen]))
+            self.write(batch, embed(torch.from_numpy(chosen), table, config))
 
     def read(self, batch: int) -> Tensor:
         """(windows of the batch, length, hidden_size), float32."""

@@ -25,12 +25,8 @@ from tokenizers import pre_tokenizers as pre
 from tokenizers.processors import TemplateProcessing
 from tokenizers.trainers import BpeTrainer
 from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
+    AutoConfig,
+    AutoModelForCausalLM,
 )
 from transformers.utils import logging
 
@@ -66,10 +62,26 @@ SPLITS = {
     "qwen2": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
 }
-FAMILIES = {
-    "llama": (LlamaConfig, LlamaForCausalLM, "gpt2"),
-    "qwen2": (Qwen2Config, Qwen2ForCausalLM, "qwen2"),
-    "qwen3": (Qwen3Config, Qwen3ForCausalLM, "qwen2"),
+# model_type -> its tokenizer, and its own keys beside CONFIG
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("gpt2", {}),
+    "mistral": ("spm", {"sliding_window": None}),
+    "qwen2": ("qwen2", {}),
+    "qwen3": ("qwen2", {"head_dim": 32}),
+    "gemma": ("spm", {"head_dim": 32}),
+    "gemma2": ("spm", {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 24}),
+    "gemma3_text": ("spm", {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 24}),
+    "smollm3": ("llama3", {"num_hidden_layers": 4}),
+    "olmo2": ("gpt2", {"tie_word_embeddings": False}),
+    "granite": (
+        "gpt2",
+        {
+            "embedding_multiplier": 3.0,
+            "attention_multiplier": 0.2,
+            "residual_multiplier": 0.4,
+            "logits_scaling": 2.0,
+        },
+    ),
 }
 CONFIG = dict(
     vocab_size=416,  # more than the tokenizer has, as in many real models
@@ -179,7 +191,7 @@ def _randomize(model: torch.nn.Module, seed: int) -> None:
 def make_model(tmp_path_factory: pytest.TempPathFactory) -> MakeModel:
     """make_model(family, tokenizer=..., dtype=..., shard_size=..., seed=..., **config) -> folder.
 
-    `family` is llama, qwen2 or qwen3; `tokenizer` is gpt2, llama3, qwen2 or spm; `config`
+    `family` is a key of FAMILIES; `tokenizer` is gpt2, llama3, qwen2 or spm; `config`
     overrides CONFIG (hidden 64, ffn 96, 2 layers, 4 heads, 2 kv heads, context 256, tied). Equal
     arguments give the same folder.
     """
@@ -196,16 +208,15 @@ def make_model(tmp_path_factory: pytest.TempPathFactory) -> MakeModel:
     ) -> Path:
         key = repr((family, tokenizer, dtype, shard_size, seed, sorted(overrides.items())))
         if key not in made:
-            config_class, model_class, style = FAMILIES[family]
+            style, own = FAMILIES[family]
             folder = tmp_path_factory.mktemp(f"tiny-{family}")
             ids = _write_tokenizer(folder, tokenizer or style)
             special = {
                 f"{name}_token_id": ids.token_to_id(token)
                 for name, token in (("bos", BOS), ("eos", EOS), ("pad", PAD))
             }
-            head_dim = {"head_dim": 32} if family == "qwen3" else {}
-            config = config_class(**(CONFIG | head_dim | special | overrides))
-            model = model_class(config)
+            config = AutoConfig.for_model(family, **(CONFIG | own | special | overrides))
+            model = AutoModelForCausalLM.from_config(config)
             _randomize(model, seed)
             model.to(getattr(torch, dtype))
             model.generation_config.eos_token_id = [ids.token_to_id(END), ids.token_to_id(EOS)]

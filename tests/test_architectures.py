@@ -153,6 +153,9 @@ LLAMA3_ROPE = {
 }
 
 
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+
+
 @pytest.mark.parametrize(
     ("keys", "expected"),
     [
@@ -167,6 +170,11 @@ LLAMA3_ROPE = {
             Rope(7e5, "llama3", 8.0, 1.0, 4.0, 32),
         ),
         ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}, Rope(1e6)),
+        ({"rope_parameters": YARN}, Rope(1e4, "yarn", 4.0, original_context=32)),
+        (
+            {"rope_scaling": YARN | {"beta_fast": 16, "beta_slow": 2}},
+            Rope(1e4, "yarn", 4.0, original_context=32, beta_fast=16, beta_slow=2),
+        ),
         (
             {"rope_scaling": LLAMA3_ROPE | {"rope_type": "llama3", "type": "llama3"}},
             Rope(1e4, "llama3", 8.0, 1.0, 4.0, 32),
@@ -190,7 +198,9 @@ def test_rope(keys: dict[str, Any], expected: Rope) -> None:
         ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
         ({"layer_types": 3}, "layer_types"),
         ({"quantization_config": {"bits": 4}}, "already quantized"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 2}}, "rope_type = 'yarn'"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2}}, "yarn has no original_max_posi"),
+        ({"rope_scaling": {"rope_type": "longrope", "factor": 2}}, "rope_type = 'longrope'"),
+        ({"rope_parameters": YARN | {"attention_factor": 1.0}}, "does not know attention_factor"),
         ({"rope_scaling": "linear"}, "rope_scaling = 'linear'"),
         ({"rope_scaling": {"type": "linear"}}, "linear has no factor"),
         ({"rope_scaling": {"type": "linear", "factor": 2, "beta": 1}}, "does not know beta"),
@@ -234,9 +244,11 @@ def test_missing_and_misshapen_tensors() -> None:
     bent = found | {name: np.zeros((8, 15), np.float32)}
     with pytest.raises(BadInput, match=rf"{name} has shape \(8, 15\), config.json says \(8, 16\)"):
         check_weights(config, Arrays(bent))
-    many = decoder_config(LLAMA | {"num_hidden_layers": 10**9})
-    with pytest.raises(BadInput, match="too few for 1000000000 layers"):
+    many = decoder_config(LLAMA | {"num_hidden_layers": 60000})
+    with pytest.raises(BadInput, match="too few for 60000 layers"):
         check_weights(many, Arrays(found))
+    with pytest.raises(BadInput, match="no decoder has more than 65536 layers"):
+        decoder_config(LLAMA | {"num_hidden_layers": 10**9})
 
 
 def test_leftover_tensors() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import transformers
@@ -32,6 +31,12 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
 VARIANTS: dict[str, dict[str, Any]] = {
     "llama": {"model_type": "llama"},
     "llama-tied": {"model_type": "llama", "tie_word_embeddings": True},
@@ -48,6 +53,39 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "qwen2-tied": {"model_type": "qwen2", "tie_word_embeddings": True},
     "qwen3": {"model_type": "qwen3", "head_dim": 16},
     "qwen3-biases": {"model_type": "qwen3", "head_dim": 16, "attention_bias": True},
+    "llama-yarn": {"model_type": "llama", "head_dim": 16, "rope_parameters": YARN},
+    "mistral": {"model_type": "mistral", "sliding_window": None},
+    "mistral-window": {"model_type": "mistral", "sliding_window": 256},
+    "gemma": {"model_type": "gemma", "head_dim": 16},
+    "gemma2": {"model_type": "gemma2", "head_dim": 16, "sliding_window": 32},
+    "gemma2-scaled": {
+        "model_type": "gemma2",
+        "head_dim": 16,
+        "sliding_window": 64,
+        "query_pre_attn_scalar": 100,
+        "attn_logit_softcapping": None,
+        "final_logit_softcapping": 5.0,
+    },
+    "gemma3": {"model_type": "gemma3_text", "head_dim": 16, "sliding_window": 32},
+    "gemma3-linear": {
+        "model_type": "gemma3_text",
+        "head_dim": 16,
+        "sliding_window": 32,
+        "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+        "rope_parameters": {
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 5e3},
+        },
+    },
+    "smollm3": {"model_type": "smollm3", "no_rope_layer_interval": 2, "pad_token_id": 0},
+    "olmo2": {"model_type": "olmo2"},
+    "granite": {
+        "model_type": "granite",
+        "embedding_multiplier": 3.0,
+        "attention_multiplier": 0.2,
+        "residual_multiplier": 0.4,
+        "logits_scaling": 0.5,
+    },
 }
 
 
@@ -112,7 +150,7 @@ def test_captured_inputs_are_those_of_the_linears() -> None:
             model.model.embed_tokens(tokens),
             decoder.load_layer(Arrays(model), config, 0),
             config,
-            *decoder.rope_tables(config, 20),
+            decoder.attention_tables(config, 20)[0],
             captured.__setitem__,
         )
     assert set(captured) == {*decoder.SHARED_INPUTS, *decoder.RESIDUALS.values()}
@@ -129,11 +167,15 @@ def test_captured_inputs_are_those_of_the_linears() -> None:
             torch.testing.assert_close(captured[kind], seen[name], atol=1e-5, rtol=1e-5)
 
 
-def test_rope_tables_start_where_asked() -> None:
-    config = decoder_config({**SHAPE, "model_type": "llama"})
-    whole, part = decoder.rope_tables(config, 50), decoder.rope_tables(config, 10, start=40)
-    for one, other in zip(whole, part, strict=True):
-        np.testing.assert_array_equal(one[40:], other)
+def test_layers_that_look_alike_share_their_tables() -> None:
+    fields = SHAPE | VARIANTS["gemma3-linear"]
+    config = decoder_config(
+        {**fields, "layer_types": ["full_attention"] * 2 + ["sliding_attention"]}
+    )
+    first, second, third = decoder.attention_tables(config, 50)
+    assert first is second and first.seen is None
+    assert third.seen is not None and third.seen.sum(-1).tolist() == [*range(1, 33), *[32] * 18]
+    assert decoder.attention_tables(config, 32)[2].seen is None
 
 
 def test_replaced_weights_are_used() -> None:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 
 from ...adapters.adapter import Adapter
@@ -118,6 +119,7 @@ def _data(
         if isinstance(tensor, QuantizedTensor):
             yield packed_rows(tensor, order)
         else:
-            yield [float_bytes(info, tensor, order)]
+            offset = np.float32(config.family.norm_offset if choice.weight.is_norm else 0)
+            yield [float_bytes(info, tensor + offset, order)]
     if config.rope.kind == "llama3":
         yield [rope_factors(config.rope, config.head_dim)]

@@ -50,7 +50,9 @@ def check(model: QuantizedCheckpoint, path: Path, threads: int = 2) -> ReadBack:
             if digests[weight.name] != model.records[weight.name].digest:
                 raise _difference(weight.name, found, model.load(weight.name))
         else:
-            expected = model.rows(weight.name)
+            expected: npt.NDArray[Any] = model.rows(weight.name)
+            if weight.is_norm and model.decoder.family.norm_offset:
+                expected = expected.astype(np.float64) + model.decoder.family.norm_offset
             errors[weight.name] = _float_error(weight.name, stored, found, expected)
 
     with ThreadPoolExecutor(threads) as pool:
@@ -110,7 +112,7 @@ def _difference(
     )
 
 
-def _float_error(name: str, stored: Stored, found: Float32, expected: Float32) -> float:
+def _float_error(name: str, stored: Stored, found: Float32, expected: npt.NDArray[Any]) -> float:
     """Largest absolute error; nothing but rounding to the stored type is allowed."""
     rounded = expected.astype("<f4" if stored.type == Type.F32 else "<f2").astype(np.float32)
     if not np.array_equal(found, rounded):

@@ -18,6 +18,12 @@ _ARCHITECTURES = {
     "llama": (3000, "tied embeddings and pre-tokenizers of Llama files, #6920"),
     "qwen2": (3000, "the Qwen2 pre-tokenizer, #7114"),
     "qwen3": (5092, "the Qwen3 architecture, #12828"),
+    "gemma": (3000, "the Gemma architecture, #5631"),
+    "gemma2": (3500, "the Gemma 2 architecture and its sliding window, #8227"),
+    "gemma3": (5092, "the Gemma 3 architecture, #12343"),
+    "smollm3": (6000, "the SmolLM3 architecture, #14581"),
+    "olmo2": (4500, "the OLMo 2 architecture, #10394"),
+    "granite": (4000, "the Granite architecture, #9412"),
 }
 _LLAMA3_ROPE = (3500, "the rope_freqs tensor of Llama 3.1, #8676")
 _ADAPTER = (4000, "GGUF adapters, #8332")

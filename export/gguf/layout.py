@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 from gguf import GGMLQuantizationType as Type
 
 from ...architectures import DecoderConfig
 from ...errors import Unsupported
 from ...quantize.plan import Choice, Plan
+from .metadata import full_period
 from .packing import BLOCK, TYPES
 from .writer import TensorInfo
 
@@ -50,16 +53,37 @@ def _info(choice: Choice) -> TensorInfo:
 def _refuse_graph(config: DecoderConfig) -> None:
     """What llama.cpp's graph of a family leaves out: it would not load, or compute other logits."""
     family = config.family.gguf
-    if family == "llama":
-        return
-    for name, present in (
-        ("rope of type llama3", config.rope.kind == "llama3"),
-        ("a bias on the attention output", config.output_bias),
-        ("biases in the feed-forward network", config.mlp_bias),
-    ):
-        if present:
+    for name, missing in _left_out(config, family).items():
+        if missing:
             raise Unsupported(
                 f"GGUF cannot hold a {family} model with {name}",
                 f"llama.cpp's {family} graph does not compute it",
                 "export a model without it",
             )
+
+
+def _left_out(config: DecoderConfig, family: str) -> dict[str, bool]:
+    """{feature: whether the model has it and the graph has not}"""
+    llama, gemma2, gemma3 = (family == name for name in ("llama", "gemma2", "gemma3"))
+    caps = config.attention_softcap, config.logits_softcap
+    period = full_period(config.windowed)
+    plain_scale = 1 / math.sqrt(config.head_dim)
+    of_config = family == "granite"
+    return {
+        "rope of type llama3": config.rope.kind == "llama3" and not llama,
+        "a bias on the attention output": config.output_bias and not llama,
+        "biases in the feed-forward network": config.mlp_bias and not llama,
+        "one table for embedding and head": config.tied and family == "olmo2",
+        "attention scores capped": caps[0] is not None and not gemma2,
+        "attention scores or logits that are not capped": gemma2 and None in caps,
+        "logits capped": caps[1] is not None and not (gemma2 or gemma3),
+        "attention scaled by another factor than the root of a head's size": not (
+            of_config or math.isclose(config.attention_scale, plain_scale, rel_tol=1e-6)
+        ),
+        "windows in other layers than every second": gemma2 and period != 2,
+        "windows that follow no period": gemma3 and period is None,
+        "layers that are not rotated but every fourth": family == "smollm3"
+        and config.rotated != tuple((layer + 1) % 4 > 0 for layer in range(config.layers)),
+        "local rope that is scaled": config.local_rope is not None
+        and config.local_rope.kind != "default",
+    }

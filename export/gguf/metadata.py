@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 
 import numpy as np
 from gguf import GGMLQuantizationType as Type
@@ -47,9 +48,49 @@ def model_metadata(config: DecoderConfig, name: str, tensors: list[TensorInfo]) 
         "rope.dimension_count": config.head_dim,
         "rope.freq_base": config.rope.theta,
     }
-    if config.rope.kind == "linear":
-        hyper |= {"rope.scaling.type": "linear", "rope.scaling.factor": config.rope.factor}
+    hyper |= _rope_scaling(config.rope)
+    if config.window is not None:
+        hyper["attention.sliding_window"] = config.window
+    if config.family.two_ropes:
+        # Without the first, llama.cpp takes every sixth layer for one without a window.
+        period = full_period(config.windowed)
+        assert period is not None and config.local_rope is not None, "layout.py refuses others"
+        hyper["attention.sliding_window_pattern"] = period
+        hyper["rope.freq_base_swa"] = config.local_rope.theta
+    if config.attention_softcap is not None:
+        hyper["attn_logit_softcapping"] = config.attention_softcap
+    if config.logits_softcap is not None:
+        hyper["final_logit_softcapping"] = config.logits_softcap
+    if config.family.gguf == "granite":
+        hyper |= {
+            "attention.scale": config.attention_scale,
+            "embedding_scale": config.embedding_multiplier,
+            "residual_scale": config.residual_multiplier,
+            "logit_scale": config.logits_divisor,
+        }
     return values | {f"{config.family.gguf}.{key}": value for key, value in hyper.items()}
+
+
+def full_period(windowed: Sequence[bool]) -> int | None:
+    """Every how many layers, counted from 1, one has no window; 0: all have one; None: no rule."""
+    if all(windowed):
+        return 0
+    period = list(windowed).index(False) + 1
+    regular = [(layer + 1) % period > 0 for layer in range(len(windowed))]
+    return period if list(windowed) == regular else None
+
+
+def _rope_scaling(rope: Rope) -> dict[str, Value]:
+    if rope.kind not in ("linear", "yarn"):
+        return {}
+    keys: dict[str, Value] = {"type": rope.kind, "factor": rope.factor}
+    if rope.kind == "yarn":
+        keys |= {
+            "original_context_length": rope.original_context,
+            "yarn_beta_fast": rope.beta_fast,
+            "yarn_beta_slow": rope.beta_slow,
+        }
+    return {f"rope.scaling.{key}": value for key, value in keys.items()}
 
 
 def rope_factors(rope: Rope, head_dim: int) -> Float32:

@@ -37,6 +37,7 @@ _GRID_TYPES = {
     "int8-g32": Type.Q8_0,
     "int8-row": Type.Q8_0,
 }
+_NEIGHBOURS = ("llama", "smollm3", "granite")  # LLAMA_ROPE_TYPE_NORM in llama.cpp
 _STRING, _ARRAY = 8, 9
 _SCALARS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}  # as struct names them
 _MAX_DIMENSIONS = 4
@@ -107,7 +108,10 @@ def read_back(
     """
     file = open_gguf(path)
     for weight, stored in matched(file, config):
-        yield weight.name, unpack(path, stored, weight, config, grids.get(weight.name))
+        found = unpack(path, stored, weight, config, grids.get(weight.name))
+        if isinstance(found, np.ndarray) and weight.is_norm and config.family.norm_offset:
+            found = found - np.float32(config.family.norm_offset)
+        yield weight.name, found
 
 
 def matched(file: GGUF, config: DecoderConfig) -> list[tuple[Weight, Stored]]:
@@ -129,7 +133,10 @@ def matched(file: GGUF, config: DecoderConfig) -> list[tuple[Weight, Stored]]:
 def unpack(
     path: Path, stored: Stored, weight: Weight, config: DecoderConfig, grid: str | None
 ) -> QuantizedTensor | Float32:
-    """One tensor in source row order: on its grid, or float32 where `grid` is None."""
+    """One tensor in source row order: on its grid, or float32 where `grid` is None.
+
+    A norm is as it stands in the file, with the family's offset in it.
+    """
     expected = {_GRID_TYPES.get(grid)} if grid else {Type.F32, Type.F16}
     if stored.type not in expected:
         raise _broken(
@@ -165,11 +172,11 @@ def unpack_rows(
 def source_rows(weight: Weight, config: DecoderConfig) -> npt.NDArray[np.int64]:
     """The source row of each row in the file.
 
-    llama.cpp's `llama` rotates neighbours, so pair i of a head stands in rows 2i and 2i + 1 there
-    and in rows i and i + head_dim / 2 of the source.
+    Some graphs of llama.cpp rotate neighbours: pair i of a head stands in rows 2i and 2i + 1 of
+    the file and in rows i and i + head_dim / 2 of the source.
     """
     row: npt.NDArray[np.int64] = np.arange(weight.shape[0])
-    if config.family.gguf != "llama" or weight.kind not in (Kind.Q, Kind.K):
+    if config.family.gguf not in _NEIGHBOURS or weight.kind not in (Kind.Q, Kind.K):
         return row
     head, within = np.divmod(row, config.head_dim)
     source: npt.NDArray[np.int64] = (

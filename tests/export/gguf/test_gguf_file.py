@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from slimport.architectures import weights
+from slimport.architectures import FAMILIES, weights
 from slimport.export import gguf
 from slimport.export.gguf import layout
 from slimport.export.gguf.metadata import rope_factors
@@ -29,6 +29,12 @@ LLAMA3 = {
     "original_max_position_embeddings": 32,
 }
 LINEAR = {"rope_theta": 10000.0, "rope_type": "linear", "factor": 4.0}
+YARN = {
+    "rope_theta": 10000.0,
+    "rope_type": "yarn",
+    "factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "llama-biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
@@ -39,6 +45,26 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("qwen2", {}),
     "qwen2-linear-untied": ("qwen2", {"rope_parameters": LINEAR, "tie_word_embeddings": False}),
     "qwen3": ("qwen3", {}),
+    "llama-yarn": ("llama", {"rope_parameters": YARN}),
+    "qwen2-yarn": ("qwen2", {"rope_parameters": YARN}),
+    "mistral": ("mistral", {}),
+    "gemma": ("gemma", {}),
+    "gemma2": ("gemma2", {"num_hidden_layers": 3}),
+    "gemma3": ("gemma3_text", {"num_hidden_layers": 7}),
+    "gemma3-every-third": (
+        "gemma3_text",
+        {
+            "num_hidden_layers": 4,
+            "layer_types": ["sliding_attention"] * 2 + ["full_attention", "sliding_attention"],
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 5e3},
+            },
+        },
+    ),
+    "smollm3": ("smollm3", {"num_hidden_layers": 5}),
+    "olmo2": ("olmo2", {}),
+    "granite": ("granite", {}),
 }
 
 
@@ -55,6 +81,15 @@ def windows(vocabulary: int) -> np.ndarray[Any, np.dtype[np.int32]]:
     return np.random.default_rng(1).integers(0, vocabulary, (2, 64), dtype=np.int32)
 
 
+def gelu_of_ggml(values: torch.Tensor) -> torch.Tensor:
+    """GELU as ggml looks it up: a table of float16 for float16 (ggml's `ggml_vec_gelu_f32`).
+
+    It moves these logits by up to 4e-2; with it in the oracle the rest is seen to be right.
+    """
+    found = torch.nn.functional.gelu(values.half().float(), approximate="tanh").half().float()
+    return torch.where(values <= -10, 0.0, torch.where(values >= 10, values, found))
+
+
 def oracle(folder: Path, tokens: np.ndarray[Any, Any], weights: dict[str, Any]) -> Any:
     """transformers' logits in float32, with `weights` in place of the stored ones."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -62,6 +97,9 @@ def oracle(folder: Path, tokens: np.ndarray[Any, Any], weights: dict[str, Any]) 
     if model.config.tie_word_embeddings:
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
     model.load_state_dict(tensors)
+    for layer in model.model.layers:
+        if "gemma" in model.config.model_type:
+            layer.mlp.act_fn.forward = gelu_of_ggml
     with torch.inference_mode():
         return model(torch.from_numpy(tokens).long()).logits.numpy()
 
@@ -78,15 +116,25 @@ def test_llama_cpp_computes_the_logits_of_transformers(
     tokens = windows(model.decoder.vocab_size)
     llamacpp.logits(export(model, folder, tmp_path), tokens, tmp_path / "o.npy", kv_cache="f32")
     difference = np.abs(np.load(tmp_path / "o.npy") - oracle(folder, tokens, model.tensors))
-    assert difference.max() < 3e-5
+    if "gemma" not in family:
+        assert difference.max() < 3e-5
+        return
+    # Where the last bit before ggml's table falls on the other side, float16 steps remain.
+    assert difference.max() < 5e-3
+    assert np.median(difference[:, 32:]) < 5e-4  # past the window
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
-@pytest.mark.parametrize("preset", ["int4", "int4-all", "int4-signed", "int8"])
+@pytest.mark.parametrize(
+    ("family", "preset"),
+    [
+        *((family, "int4") for family in FAMILIES),
+        *(("llama", preset) for preset in ("int4-all", "int4-signed", "int8", "mixed")),
+    ],
+)
 def test_every_code_comes_back(
     family: str, preset: str, make_model: Any, in_memory: Any, tmp_path: Path
 ) -> None:
-    folder = make_model(family, tie_word_embeddings=preset != "int4-all")
+    folder = make_model(family, tie_word_embeddings=family != "olmo2" and preset != "int4-all")
     model = in_memory(folder, preset)
     export(model, folder, tmp_path)
     found = gguf.check(model, tmp_path)
@@ -101,8 +149,9 @@ def test_every_code_comes_back(
             digests[name] = expected.digest(name)
         else:
             assert not isinstance(tensor, QuantizedTensor)
-            np.testing.assert_array_equal(tensor, expected)
-            assert found.float_errors[name] == 0
+            largest = 2e-7 if "gemma" in family else 0  # 1 is added to the norms
+            assert found.float_errors[name] <= largest
+            assert np.abs(tensor - expected).max() <= largest
     assert set(found.float_errors) | set(digests) == {w.name for w in weights(model.decoder)}
     assert found.weights_digest == weights_digest(digests)
     assert found.digests == digests

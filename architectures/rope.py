@@ -1,0 +1,92 @@
+"""Rotary position embedding, as `modeling_rope_utils.py` of transformers computes it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+from ..errors import Unsupported
+from .fields import not_held, real, whole
+
+
+@dataclass(frozen=True, slots=True)
+class Rope:
+    """How fast each pair of a head turns.
+
+    `factor` applies to all kinds but default; low and high to llama3; fast and slow (turns within
+    the original context, between which frequencies are blended) to yarn, which also scales
+    cosines and sines by `0.1 ln(factor) + 1`.
+    """
+
+    theta: float
+    kind: Literal["default", "linear", "llama3", "yarn"] = "default"
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_context: int = 8192
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+
+
+_ORIGINAL = "original_max_position_embeddings"
+# Keys of config.json: those that a kind needs, and those that it may have.
+_NEEDED = {
+    "default": set[str](),
+    "linear": {"factor"},
+    "llama3": {"factor", "low_freq_factor", "high_freq_factor", _ORIGINAL},
+    "yarn": {"factor", _ORIGINAL},
+}
+_OPTIONAL = {"yarn": {"beta_fast", "beta_slow"}}
+_FULL, _SLIDING = "full_attention", "sliding_attention"
+
+
+def read_ropes(config: Mapping[str, Any], two: bool) -> tuple[Rope, Rope | None]:
+    """Rope of the whole model, and that of its sliding layers where they have their own.
+
+    It stands in `rope_parameters` (transformers 5) or in `rope_theta` + `rope_scaling` (before).
+
+    Args:
+        two: whether sliding layers of this family turn at a rate of their own.
+
+    Raises:
+        Unsupported: a kind or key that is not understood.
+        BadInput: a value that is no positive number.
+    """
+    given = _table(config, "rope_parameters")
+    if two and given.keys() & {_FULL, _SLIDING}:
+        main = _rope(_table(given, _FULL), real(config, "rope_theta", 1e4))
+        local = _rope(_table(given, _SLIDING), real(config, "rope_local_base_freq", 1e4))
+        return main, local
+    merged = _table(config, "rope_scaling") | given
+    main = _rope(merged, real(config, "rope_theta", 1e4))
+    return main, Rope(real(config, "rope_local_base_freq", 1e4)) if two else None
+
+
+def _table(config: Mapping[str, Any], key: str) -> dict[str, Any]:
+    given = config.get(key) or {}
+    if not isinstance(given, dict):
+        raise not_held(key, given, "an object")
+    return dict(given)
+
+
+def _rope(scaling: dict[str, Any], theta: float) -> Rope:
+    theta = real(scaling, "rope_theta", theta)
+    scaling.pop("rope_theta", None)
+    old_name = scaling.pop("type", None)
+    kind = scaling.pop("rope_type", None) or old_name or "default"
+    if not isinstance(kind, str) or kind not in _NEEDED:
+        raise not_held("rope_type", kind, ", ".join(_NEEDED))
+    needed, allowed = _NEEDED[kind], _NEEDED[kind] | _OPTIONAL.get(kind, set())
+    odd = sorted((needed - set(scaling)) | (set(scaling) - allowed))
+    if odd:
+        fault = "has no" if odd[0] in needed else "does not know"
+        raise Unsupported(
+            f"config.json: rope of type {kind} {fault} {odd[0]}",
+            f"its keys are {', '.join(sorted(allowed)) or 'none but rope_theta'}",
+            "take config.json from where the model was trained",
+        )
+    values: dict[str, Any] = {key: real(scaling, key) for key in scaling if key != _ORIGINAL}
+    if _ORIGINAL in scaling:
+        values["original_context"] = whole(scaling, _ORIGINAL)
+    return Rope(theta=theta, kind=cast(Any, kind), **values)
