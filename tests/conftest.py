@@ -31,6 +31,7 @@ from transformers import (
 from transformers.utils import logging
 
 from slimport.cli import main
+from slimport.tokenizer.conformance import TEXTS
 from slimport.validation import worker
 from slimport.validation.runtimes import reference_worker
 
@@ -61,16 +62,35 @@ SPLITS = {
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
     "qwen2": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    "tekken": r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    "gpt-4o": r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    "deepseek-v3": r"\p{N}{1,3}",
+    "deepseek-coder": "[\r\n]",
 }
+MORE_SPLITS = {
+    "deepseek-v3": [
+        "[一-龥\u3040-ゟ\u30a0-ヿ]+",
+        r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
+        r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    ],
+    "deepseek-coder": [r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-\ud7ff]+"],
+}
+SENTENCEPIECE = ("spm", "gemma")
 # model_type -> its tokenizer, and its own keys beside CONFIG
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("gpt2", {}),
     "mistral": ("spm", {"sliding_window": None}),
     "qwen2": ("qwen2", {}),
     "qwen3": ("qwen2", {"head_dim": 32}),
-    "gemma": ("spm", {"head_dim": 32}),
-    "gemma2": ("spm", {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 24}),
-    "gemma3_text": ("spm", {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 24}),
+    "gemma": ("gemma", {"head_dim": 32}),
+    "gemma2": ("gemma", {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 24}),
+    "gemma3_text": ("gemma", {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 24}),
     "smollm3": ("llama3", {"num_hidden_layers": 4}),
     "olmo2": ("gpt2", {"tie_word_embeddings": False}),
     "granite": (
@@ -98,23 +118,30 @@ CONFIG = dict(
 
 def _byte_level(style: str) -> Tokenizer:
     """400 tokens: 5 special, the 256 bytes, merges, and one added token that is not special."""
-    tokenizer = Tokenizer(models.BPE(ignore_merges=style == "llama3"))
+    tokenizer = Tokenizer(models.BPE(ignore_merges=style in ("llama3", "tekken")))
     if style == "gpt2":
         tokenizer.pre_tokenizer = pre.ByteLevel(add_prefix_space=False)
     else:
-        split = pre.Split(Regex(SPLITS[style]), "isolated")
-        level = pre.ByteLevel(add_prefix_space=False, use_regex=False)
-        tokenizer.pre_tokenizer = pre.Sequence([split, level])
+        regexes = [SPLITS[style], *MORE_SPLITS.get(style, [])]
+        steps: list[Any] = [pre.Split(Regex(regex), "isolated") for regex in regexes]
+        if style == "deepseek-coder":
+            steps.append(pre.Digits(individual_digits=True))
+        steps.append(pre.ByteLevel(add_prefix_space=False, use_regex=False))
+        tokenizer.pre_tokenizer = pre.Sequence(steps)
     if style == "qwen2":
         tokenizer.normalizer = normalizers.NFC()
     tokenizer.decoder = decoders.ByteLevel()
+    across = pre.ByteLevel(add_prefix_space=False, use_regex=False)
     trainer = BpeTrainer(
         vocab_size=399,
         special_tokens=[BOS, EOS, PAD, START, END],
         initial_alphabet=pre.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(TEXT.splitlines(keepends=True), trainer)
+    # Trained without its pre-tokenizer: merges reach over every split, so that each one matters.
+    splits, tokenizer.pre_tokenizer = tokenizer.pre_tokenizer, across
+    tokenizer.train_from_iterator([*TEXT.splitlines(keepends=True), *TEXTS], trainer)
+    tokenizer.pre_tokenizer = splits
     tokenizer.add_tokens([AddedToken("<tool_call>", special=False, normalized=False)])
     if style != "qwen2":
         tokenizer.post_processor = TemplateProcessing(
@@ -123,9 +150,14 @@ def _byte_level(style: str) -> Tokenizer:
     return tokenizer
 
 
-def _sentencepiece() -> Tokenizer:
-    """Like Llama-2's tokenizer.json: 259 special and byte tokens, merged pieces, characters."""
+def _sentencepiece(style: str) -> Tokenizer:
+    """Like tokenizer.json of Llama 2, or of Gemma, which puts no space before a text.
+
+    259 special and byte tokens, merged pieces, characters.
+    """
     mark = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    if style == "gemma":
+        mark = normalizers.Replace(" ", "▁")
     trained = Tokenizer(models.BPE())
     trained.normalizer = mark
     trained.pre_tokenizer = pre.Metaspace(prepend_scheme="never")
@@ -145,14 +177,12 @@ def _sentencepiece() -> Tokenizer:
         models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
     )
     tokenizer.normalizer = mark
-    tokenizer.decoder = decoders.Sequence(
-        [
-            decoders.Replace("▁", " "),
-            decoders.ByteFallback(),
-            decoders.Fuse(),
-            decoders.Strip(" ", 1, 0),
-        ]
-    )
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    if style == "gemma":
+        tokenizer.pre_tokenizer = pre.Split(" ", "merged_with_previous")
+    else:
+        steps.append(decoders.Strip(" ", 1, 0))
+    tokenizer.decoder = decoders.Sequence(steps)
     special = ["<unk>", BOS, EOS, PAD, START, END]
     tokenizer.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in special])
     tokenizer.post_processor = TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, 1)])
@@ -160,7 +190,7 @@ def _sentencepiece() -> Tokenizer:
 
 
 def _write_tokenizer(folder: Path, style: str) -> Tokenizer:
-    tokenizer = _sentencepiece() if style == "spm" else _byte_level(style)
+    tokenizer = _sentencepiece(style) if style in SENTENCEPIECE else _byte_level(style)
     tokenizer.save(str(folder / "tokenizer.json"))
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -171,7 +201,7 @@ def _write_tokenizer(folder: Path, style: str) -> Tokenizer:
         "clean_up_tokenization_spaces": False,
         "model_max_length": 256,
     }
-    if style == "spm":
+    if style in SENTENCEPIECE:
         settings["unk_token"] = "<unk>"
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2))
     (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
@@ -191,7 +221,7 @@ def _randomize(model: torch.nn.Module, seed: int) -> None:
 def make_model(tmp_path_factory: pytest.TempPathFactory) -> MakeModel:
     """make_model(family, tokenizer=..., dtype=..., shard_size=..., seed=..., **config) -> folder.
 
-    `family` is a key of FAMILIES; `tokenizer` is gpt2, llama3, qwen2 or spm; `config`
+    `family` is a key of FAMILIES; `tokenizer` is gpt2, of SPLITS or of SENTENCEPIECE; `config`
     overrides CONFIG (hidden 64, ffn 96, 2 layers, 4 heads, 2 kv heads, context 256, tied). Equal
     arguments give the same folder.
     """

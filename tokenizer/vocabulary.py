@@ -21,6 +21,13 @@ Merge = tuple[str, str]
 
 SPACE = "▁"  # what SentencePiece writes for a space
 _UNUSED_SCORE = -1000.0  # never wins
+# Gemma's: it splits at spaces that the normalizer has replaced before.
+_SPACES_ARE_GONE = {
+    "type": "Split",
+    "pattern": {"String": " "},
+    "behavior": "MergedWithPrevious",
+    "invert": False,
+}
 
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _LLAMA3, _QWEN2 = (
@@ -29,6 +36,27 @@ _LLAMA3, _QWEN2 = (
     + r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
     for digits in (r"\p{N}{1,3}", r"\p{N}")
 )
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_END = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+_TEKKEN, _GPT4O = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{end}|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{end}|"
+    + digits
+    + r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    for end, digits in (("", r"\p{N}"), (_END, r"\p{N}{1,3}"))
+)
+_DEEPSEEK_V3 = (
+    r"\p{N}{1,3}",
+    "[一-龥\u3040-ゟ\u30a0-ヿ]+",
+    r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
+    r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+)
+_DEEPSEEK_CODER = (
+    "[\r\n]",
+    r"\s?\p{L}+",
+    r"\s?\p{P}+",
+    "[一-龥ࠀ-一가-\ud7ff]+",
+    r"\p{N}",
+)
 # (regexes applied in turn, ignore_merges) -> tokenizer.ggml.pre with the same behaviour.
 _PRE = {
     ((_GPT2,), False): "gpt-2",
@@ -36,6 +64,10 @@ _PRE = {
     ((_LLAMA3,), True): "llama-bpe",
     ((_LLAMA3,), False): "smaug-bpe",
     ((_QWEN2,), False): "qwen2",
+    ((_TEKKEN,), True): "tekken",
+    ((_GPT4O,), False): "gpt-4o",
+    (_DEEPSEEK_V3, False): "deepseek-v3",
+    (_DEEPSEEK_CODER, False): "deepseek-coder",
 }
 
 
@@ -90,7 +122,7 @@ def read_scheme(spec: Mapping[str, Any], pre: str | None = None) -> Scheme:
     replace = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
     if replace not in normalizers or any(step not in (prepend, replace) for step in normalizers):
         raise _differs(f"it normalizes text with {normalizers or 'nothing'}")
-    if spec["pre_tokenizer"] is not None:
+    if spec["pre_tokenizer"] not in (None, _SPACES_ARE_GONE):
         raise _differs(f"it splits text with {spec['pre_tokenizer']}")
     kind = _sentencepiece_kind(spec)
     return Scheme(kind, None, space_prefix=prepend in normalizers, nfc=False)

@@ -38,12 +38,13 @@ SEED = 20_26
 HELD_OUT, CALIBRATION, CONVERSATIONS, PAIRS, HELD_OUT_PAIRS = 320, 512, 160, 1000, 200
 TOLD, RIVALS = 128, 64
 BASE_PHASES = (
-    c.Phase(2300, 12, 160, books=2, babble=0.06, choices=0.1),
-    c.Phase(700, 12, 160, books=2, babble=0.03),
-    c.Phase(400, 12, 320, babble=0.03),
-    c.Phase(90, 4, 1280, babble=0.03),
+    c.Phase(1900, 12, 160, books=2, babble=0.06, choices=0.1),
+    c.Phase(160, 4, 1280, babble=0.06, choices=0.1),
+    c.Phase(600, 12, 160, books=2, babble=0.03),
+    c.Phase(300, 12, 320, babble=0.03),
+    c.Phase(80, 4, 1280, babble=0.03),
 )
-BASE_DECAY = 1100
+BASE_DECAY = 900
 SFT_PHASES = (
     c.Phase(400, 12, 224, choices=0.1),
     c.Phase(200, 12, 224),

@@ -54,7 +54,10 @@ def edited(folder: Path, edit: Edit) -> Tokenizer:
         ("gpt2", "bpe", "gpt-2", True),
         ("llama3", "bpe", "llama-bpe", True),
         ("qwen2", "bpe", "qwen2", False),
+        *((style, "bpe", style, True) for style in ("tekken", "gpt-4o")),
+        *((style, "bpe", style, True) for style in ("deepseek-v3", "deepseek-coder")),
         ("spm", "spm", None, True),
+        ("gemma", "spm", None, True),
     ],
 )
 def test_the_scheme_comes_from_the_structure(

@@ -32,7 +32,9 @@ class Exported:
         return Tokenizer.open(self.model)
 
 
-def export_gguf(model: Path, folder: Path, preset: str = "int4", **patterns: str) -> Exported:
+def export_gguf(
+    model: Path, folder: Path, preset: str = "int4", pre: str | None = None, **patterns: str
+) -> Exported:
     checkpoint = Checkpoint.open(model)
     plan = make_plan(decoder_config(checkpoint.config), preset, "rtn", patterns)
     quantized = quantize(
@@ -47,23 +49,28 @@ def export_gguf(model: Path, folder: Path, preset: str = "int4", **patterns: str
     with pytest.MonkeyPatch.context() as patch:
         # Beside float16 weights ggml rounds activations to float16 too: 1e-2 in these logits.
         patch.setattr(layout, "FLOAT_MATRIX", upstream.GGMLQuantizationType.F32)
-        (file,) = gguf.write(quantized, Tokenizer.open(model), folder)
+        (file,) = gguf.write(quantized, Tokenizer.open(model, pre=pre), folder)
     return Exported(model, quantized.folder, file)
 
 
 @pytest.fixture(scope="session")
 def exported(make_model: Any, tmp_path_factory: Any) -> Callable[..., Exported]:
-    """exported(family, preset, **config) -> Exported; preset "float" leaves weights in float32."""
+    """exported(family, preset, pre, **config) -> Exported.
+
+    Preset "float" leaves weights in float32; `pre` overrides the pre-tokenizer in the file.
+    """
     made: dict[str, Exported] = {}
 
-    def export(family: str = "llama", preset: str = "float", **config: Any) -> Exported:
-        key = repr((family, preset, sorted(config.items())))
+    def export(
+        family: str = "llama", preset: str = "float", pre: str | None = None, **config: Any
+    ) -> Exported:
+        key = repr((family, preset, pre, sorted(config.items())))
         if key not in made:
             model = make_model(family, **config)
             folder = tmp_path_factory.mktemp(f"{family}-{preset}")
             patterns = {"*": "float16"} if preset == "float" else {}
             grids = "int4" if preset == "float" else preset
-            made[key] = export_gguf(model, folder, grids, **patterns)
+            made[key] = export_gguf(model, folder, grids, pre, **patterns)
         return made[key]
 
     return export

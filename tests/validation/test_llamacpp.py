@@ -77,11 +77,30 @@ def test_greedy_tokens_are_those_of_transformers(exported, at_hand):
     assert all(len(generation.tokens) == 12 or generation.stopped for generation in mine)
 
 
-@pytest.mark.parametrize("tokenizer", ["gpt2", "llama3", "qwen2", "spm"])
+# a tokenizer, and the pre-tokenizer of llama.cpp that is nearest to its own
+NEIGHBOURS = {
+    "gpt2": "smollm",
+    "llama3": "qwen2",
+    "qwen2": "llama-bpe",
+    "tekken": "gpt-4o",
+    "gpt-4o": "tekken",
+    "deepseek-v3": "deepseek-coder",
+    "deepseek-coder": "deepseek-llm",
+}
+
+
+@pytest.mark.parametrize("tokenizer", ["spm", "gemma", *NEIGHBOURS])
 def test_tokenizers_conform(exported, tokenizer):
     model = exported("llama", tokenizer=tokenizer)
     found = conformance.check(model.tokenizer, model.file, llamacpp)
     assert found.conforms and found.checked >= 60
+
+
+@pytest.mark.parametrize("tokenizer", NEIGHBOURS)
+def test_the_nearest_pre_tokenizer_does_not_conform(exported, tokenizer):
+    model = exported("llama", pre=NEIGHBOURS[tokenizer], tokenizer=tokenizer)
+    with pytest.raises(ValidationFailed, match="tokenizes"):
+        conformance.check(model.tokenizer, model.file, llamacpp)
 
 
 def test_vocabulary_is_read(exported):
