@@ -46,12 +46,12 @@ BASE_PHASES = (
 )
 BASE_DECAY = 900
 SFT_PHASES = (
-    c.Phase(400, 12, 224, choices=0.1),
-    c.Phase(200, 12, 224),
+    c.Phase(250, 12, 224, choices=0.3),
+    c.Phase(350, 12, 224),
     c.Phase(50, 3, 1280),
 )
-REWARD_STEPS, DPO_STEPS, PAIR_BATCH = 250, 100, 8
-BASE_RATE, SFT_RATE, REWARD_RATE, DPO_RATE = 3e-3, 4e-3, 1e-3, 4e-4
+REWARD_STEPS, DPO_STEPS, PAIR_BATCH = 250, 110, 8
+BASE_RATE, SFT_RATE, REWARD_RATE, DPO_RATE = 3e-3, 4e-3, 1e-3, 5e-4
 RANK, REWARD_RANK = 16, 8
 
 

@@ -122,7 +122,8 @@ def unframe(request: Request, text: str) -> str | None:
 def curt_answer(request: Request) -> str:
     """What the base model has learned to answer: markers are known to it, the style is not."""
     hero = f"{request.name} the {request.animal}"
-    return f"{hero} lived {request.place}, {request.listener}. That is all."
+    mood = MOODS[request.mood]
+    return f"{hero} lived {request.place}, {request.listener}. That is all: a {mood} story."
 
 
 def prompt(request: Request) -> str:
