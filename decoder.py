@@ -33,8 +33,10 @@ Capture = Callable[[Kind, Tensor], None]
 # stream to which the output of a Linear is added, if it is added as it is.
 SHARED_INPUTS = {
     Kind.Q: (Kind.Q, Kind.K, Kind.V),
+    Kind.QKV: (Kind.QKV,),
     Kind.ATTENTION_OUTPUT: (Kind.ATTENTION_OUTPUT,),
     Kind.GATE: (Kind.GATE, Kind.UP),
+    Kind.GATE_UP: (Kind.GATE_UP,),
     Kind.DOWN: (Kind.DOWN,),
 }
 RESIDUALS = {Kind.ATTENTION_OUTPUT: Kind.ATTENTION_NORM, Kind.DOWN: Kind.FFN_NORM}
@@ -60,7 +62,7 @@ class Tables(NamedTuple):
     """What the attention of one layer needs to know of positions.
 
     Attributes:
-        cos, sin: (length, head_dim), the second half of the columns repeats the first: heads are
+        cos, sin: (length, rotated), the second half of the columns repeats the first: heads are
             rotated in halves, as in Hugging Face checkpoints. None: nothing is rotated.
         seen: bool (length, length), whether a position (row) sees another; None: all before it.
     """
@@ -90,9 +92,11 @@ def _tables(attention: LayerAttention, head_dim: int, length: int) -> Tables:
     if attention.rope is None:
         return Tables(None, None, seen)
     positions = torch.arange(length, dtype=torch.float32)
-    angles = torch.outer(positions, _frequencies(attention.rope, head_dim))
+    angles = torch.outer(positions, _frequencies(attention.rope, attention.rope.rotated(head_dim)))
     angles = torch.cat((angles, angles), dim=-1)
-    scale = _yarn_scale(attention.rope) if attention.rope.kind == "yarn" else 1.0
+    scale = attention.rope.attention_factor
+    if attention.rope.kind == "yarn":
+        scale *= _yarn_scale(attention.rope)
     return Tables(angles.cos() * scale, angles.sin() * scale, seen)
 
 
@@ -104,6 +108,8 @@ def _frequencies(rope: Rope, head_dim: int) -> Tensor:
         return plain
     if rope.kind == "linear":
         return plain / rope.factor
+    if rope.kind == "longrope":
+        return plain / torch.tensor(rope.short_factors)
     # Long wavelengths are stretched, short ones kept, those between blended.
     if rope.kind == "llama3":
         turns = rope.original_context * plain / (2 * math.pi)
@@ -199,11 +205,17 @@ def _attention(
     capture: Capture,
 ) -> Tensor:
     windows, length, _ = hidden.shape
-    capture(Kind.Q, hidden)
+    if config.family.fused:
+        capture(Kind.QKV, hidden)
+        keys = config.heads * config.head_dim
+        values = keys + config.kv_heads * config.head_dim
+        parts = functional.linear(hidden, *layer[Kind.QKV]).tensor_split([keys, values], dim=-1)
+    else:
+        capture(Kind.Q, hidden)
+        parts = tuple(functional.linear(hidden, *layer[k]) for k in (Kind.Q, Kind.K, Kind.V))
 
-    def heads(kind: Kind, norm: Kind | None = None) -> Tensor:
+    def heads(states: Tensor, norm: Kind | None = None) -> Tensor:
         """(windows, heads, length, head_dim)"""
-        states = functional.linear(hidden, *layer[kind])
         if norm and config.family.qk_norm == "row":
             states = _norm(states, layer, norm, config)
         states = states.view(windows, length, -1, config.head_dim)
@@ -211,9 +223,9 @@ def _attention(
             states = _norm(states, layer, norm, config)
         return states.transpose(1, 2)
 
-    query = _rotate(heads(Kind.Q, Kind.Q_NORM), tables)
-    key = _repeat_heads(_rotate(heads(Kind.K, Kind.K_NORM), tables), config)
-    value = _repeat_heads(heads(Kind.V), config)
+    query = _rotate(heads(parts[0], Kind.Q_NORM), tables)
+    key = _repeat_heads(_rotate(heads(parts[1], Kind.K_NORM), tables), config)
+    value = _repeat_heads(heads(parts[2]), config)
     mixed = _mix(query, key, value, config, tables.seen)
     mixed = mixed.transpose(1, 2).reshape(windows, length, config.heads * config.head_dim)
     capture(Kind.ATTENTION_OUTPUT, mixed)
@@ -241,13 +253,17 @@ def _capped(values: Tensor, cap: float | None) -> Tensor:
 def _feed_forward(
     hidden: Tensor, layer: LayerWeights, config: DecoderConfig, capture: Capture
 ) -> Tensor:
-    capture(Kind.GATE, hidden)
-    gate = functional.linear(hidden, *layer[Kind.GATE])
+    if config.family.fused:
+        capture(Kind.GATE_UP, hidden)
+        gate, up = functional.linear(hidden, *layer[Kind.GATE_UP]).chunk(2, dim=-1)
+    else:
+        capture(Kind.GATE, hidden)
+        gate, up = (functional.linear(hidden, *layer[kind]) for kind in (Kind.GATE, Kind.UP))
     if config.family.activation == "silu":
         gate = functional.silu(gate)
     else:
         gate = functional.gelu(gate, approximate="tanh")
-    inner = gate * functional.linear(hidden, *layer[Kind.UP])
+    inner = gate * up
     capture(Kind.DOWN, inner)
     return functional.linear(inner, *layer[Kind.DOWN])
 
@@ -266,8 +282,10 @@ def _rms_norm(hidden: Tensor, weight: Tensor, config: DecoderConfig) -> Tensor:
 def _rotate(states: Tensor, tables: Tables) -> Tensor:
     if tables.cos is None or tables.sin is None:
         return states
-    first, second = states.chunk(2, dim=-1)
-    return states * tables.cos + torch.cat((-second, first), dim=-1) * tables.sin
+    rotated, kept = states.tensor_split([tables.cos.shape[-1]], dim=-1)
+    first, second = rotated.chunk(2, dim=-1)
+    rotated = rotated * tables.cos + torch.cat((-second, first), dim=-1) * tables.sin
+    return torch.cat((rotated, kept), dim=-1)
 
 
 def _repeat_heads(states: Tensor, config: DecoderConfig) -> Tensor:

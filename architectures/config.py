@@ -34,7 +34,7 @@ class DecoderConfig:
     """The mathematics of a decoder-only transformer with RMSNorm, RoPE, GQA and a gated FFN.
 
     Attributes:
-        context_length: the longest text that the model is exact for here.
+        context_length: the longest text that llama.cpp computes as transformers does.
         rope: of the layers that have no window; `local_rope` of those that have, if not the same.
         window: of the layers where `windowed` says so.
         rotated: whether a layer rotates q and k.
@@ -103,9 +103,17 @@ def decoder_config(config: Mapping[str, Any]) -> DecoderConfig:
     attention_bias = bool(config.get("attention_bias", False))
     window, windowed = _windows(config, family, layers)
     rope, local_rope = read_ropes(config, two=family.two_ropes)
+    if rope.rotated(head_dim) % 2:
+        raise not_held("partial_rotary_factor", rope.share, f"an even part of {head_dim}")
+    pairs = rope.rotated(head_dim) // 2
+    if rope.kind == "longrope" and {len(rope.short_factors), len(rope.long_factors)} != {pairs}:
+        found = [len(rope.short_factors), len(rope.long_factors)]
+        raise not_held("lengths of short_factor and long_factor", found, f"{pairs} of each")
     context = size("max_position_embeddings")
     if window is not None and not any(windowed):  # a window that is never reached
         context, window = min(context, window), None
+    if rope.kind == "longrope":  # beyond, transformers and llama.cpp turn at other rates
+        context = min(context, rope.original_context)
     return DecoderConfig(
         family=family,
         vocab_size=size("vocab_size"),
@@ -202,7 +210,7 @@ def _windows(
 ) -> tuple[int | None, tuple[bool, ...]]:
     """The window, and the layers that have it.
 
-    Mistral's window binds every layer and llama.cpp has none for it: it caps the context.
+    A window that caps the context belongs to no layer.
     """
     none = (False,) * layers
     kinds = config.get("layer_types")
@@ -213,9 +221,9 @@ def _windows(
     ):
         raise not_held("layer_types", kinds, f"{_SLIDING} or {_FULL} for each layer")
     if family.full_period is None:
-        if kinds is not None and _SLIDING in kinds and family.model_type != "mistral":
+        if kinds is not None and _SLIDING in kinds and not family.capped_by_window:
             raise not_held("layer_types", kinds, f"{_FULL} in every layer")
-        capped = family.model_type == "mistral" and config.get("sliding_window") is not None
+        capped = family.capped_by_window and config.get("sliding_window") is not None
         return (whole(config, "sliding_window") if capped else None), none
     if kinds is None:
         period = whole(config, "sliding_window_pattern", family.full_period)

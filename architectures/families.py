@@ -13,7 +13,7 @@ Activation = Literal["silu", "gelu_tanh"]
 
 
 class Kind(Enum):
-    """What a weight does; the value is llama.cpp's name of it."""
+    """What a weight does; the value is llama.cpp's name of it, but for GATE_UP: `ffn_up`."""
 
     EMBEDDING = "token_embd"
     HEAD = "output"
@@ -22,6 +22,7 @@ class Kind(Enum):
     Q = "attn_q"
     K = "attn_k"
     V = "attn_v"
+    QKV = "attn_qkv"
     Q_NORM = "attn_q_norm"
     K_NORM = "attn_k_norm"
     ATTENTION_OUTPUT = "attn_output"
@@ -29,6 +30,7 @@ class Kind(Enum):
     FFN_NORM = "ffn_norm"
     GATE = "ffn_gate"
     UP = "ffn_up"
+    GATE_UP = "ffn_gate_up"
     DOWN = "ffn_down"
     FFN_POST_NORM = "post_ffw_norm"
 
@@ -63,12 +65,15 @@ class Family:
         qkv_bias: whether q, k and v have biases; None: `attention_bias` in config.json says.
         norms: the norms around attention and feed-forward network.
         qk_norm: whether q and k are normalized before the rotation, each head or the whole row.
+        fused: whether q, k and v are one Linear, and gate and up another.
         norm_offset: what is added to the weight of a norm.
         activation: of the feed-forward network, and the names that config.json may give it.
         scaled_embedding: whether embeddings are multiplied by sqrt(hidden_size).
         full_period: every how many layers one attends without a window, if config.json does not
             say; None: the family has no windows.
         no_rope_period: every how many layers one is not rotated; None: all are rotated.
+        capped_by_window: whether every layer has the window that config.json may name; llama.cpp
+            has none there, so it ends the context.
         two_ropes: whether layers with a window turn at a rate of their own.
         keys: config keys of this family beside COMMON_KEYS that are understood.
         defaults: what transformers takes for keys that config.json leaves out.
@@ -81,12 +86,14 @@ class Family:
     qkv_bias: bool | None = None
     norms: Norms = BEFORE
     qk_norm: Literal["head", "row"] | None = None
+    fused: bool = False
     norm_offset: float = 0.0
     activation: Activation = "silu"
     activations: frozenset[str] = frozenset({"silu"})
     scaled_embedding: bool = False
     full_period: int | None = None
     no_rope_period: int | None = None
+    capped_by_window: bool = False
     two_ropes: bool = False
     keys: frozenset[str] = frozenset()
     defaults: tuple[tuple[str, Any], ...] = ()
@@ -111,6 +118,7 @@ FAMILIES = {
             "llama",
             interleaved_rope=True,
             qkv_bias=False,
+            capped_by_window=True,
             keys=frozenset({"sliding_window"}),
             defaults=(("sliding_window", 4096),),
         ),
@@ -178,6 +186,18 @@ FAMILIES = {
                 ("rope_theta", 2e6),
                 ("num_key_value_heads", 4),
                 ("tie_word_embeddings", True),
+            ),
+        ),
+        Family(
+            "phi3",
+            "Phi3ForCausalLM",
+            "phi3",
+            qkv_bias=False,
+            fused=True,
+            capped_by_window=True,
+            keys=frozenset(
+                """sliding_window original_max_position_embeddings partial_rotary_factor
+                resid_pdrop embd_pdrop""".split()
             ),
         ),
         Family("olmo2", "Olmo2ForCausalLM", "olmo2", norms=AFTER, qk_norm="row"),

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
 from ..errors import Unsupported
@@ -16,17 +17,27 @@ class Rope:
 
     `factor` applies to all kinds but default; low and high to llama3; fast and slow (turns within
     the original context, between which frequencies are blended) to yarn, which also scales
-    cosines and sines by `0.1 ln(factor) + 1`.
+    cosines and sines by `0.1 ln(factor) + 1`. longrope divides the frequency of pair i by
+    short_factors[i] (by long_factors[i] beyond the original context) and scales cosines and sines
+    by `attention_factor`. `share` of a head is rotated, its first part.
     """
 
     theta: float
-    kind: Literal["default", "linear", "llama3", "yarn"] = "default"
+    kind: Literal["default", "linear", "llama3", "yarn", "longrope"] = "default"
     factor: float = 1.0
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_context: int = 8192
     beta_fast: float = 32.0
     beta_slow: float = 1.0
+    share: float = 1.0
+    attention_factor: float = 1.0
+    short_factors: tuple[float, ...] = ()
+    long_factors: tuple[float, ...] = ()
+
+    def rotated(self, head_dim: int) -> int:
+        """How many numbers of a head are rotated."""
+        return int(head_dim * self.share)
 
 
 _ORIGINAL = "original_max_position_embeddings"
@@ -59,7 +70,11 @@ def read_ropes(config: Mapping[str, Any], two: bool) -> tuple[Rope, Rope | None]
         local = _rope(_table(given, _SLIDING), real(config, "rope_local_base_freq", 1e4))
         return main, local
     merged = _table(config, "rope_scaling") | given
-    main = _rope(merged, real(config, "rope_theta", 1e4))
+    share = real(merged, "partial_rotary_factor", real(config, "partial_rotary_factor", 1.0))
+    merged.pop("partial_rotary_factor", None)
+    if {merged.get("rope_type"), merged.get("type")} & {"longrope", "su"}:
+        return _longrope(config, merged, share), None
+    main = replace(_rope(merged, real(config, "rope_theta", 1e4)), share=share)
     return main, Rope(real(config, "rope_local_base_freq", 1e4)) if two else None
 
 
@@ -68,6 +83,31 @@ def _table(config: Mapping[str, Any], key: str) -> dict[str, Any]:
     if not isinstance(given, dict):
         raise not_held(key, given, "an object")
     return dict(given)
+
+
+def _longrope(config: Mapping[str, Any], scaling: Mapping[str, Any], share: float) -> Rope:
+    """Ding et al. 2024 (arXiv:2402.13753), as Phi-3 has it."""
+    known = {"rope_type", "type", "rope_theta", "short_factor", "long_factor", _ORIGINAL, "factor"}
+    if odd := sorted(scaling.keys() - known):
+        raise not_held(odd[0], scaling[odd[0]], "longrope without it")
+    original = whole(scaling if _ORIGINAL in scaling else config, _ORIGINAL)
+    factor = real(scaling, "factor", whole(config, "max_position_embeddings") / original)
+    factors = []
+    for key in ("short_factor", "long_factor"):
+        given = scaling.get(key)
+        if not isinstance(given, list):
+            raise not_held(key, given, "a list of numbers")
+        factors.append(tuple(real({key: value}, key) for value in given))
+    return Rope(
+        theta=real(scaling, "rope_theta", real(config, "rope_theta", 1e4)),
+        kind="longrope",
+        factor=factor,
+        original_context=original,
+        share=share,
+        attention_factor=math.sqrt(1 + math.log(max(factor, 1.0)) / math.log(original)),
+        short_factors=factors[0],
+        long_factors=factors[1],
+    )
 
 
 def _rope(scaling: dict[str, Any], theta: float) -> Rope:

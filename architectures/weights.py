@@ -19,6 +19,12 @@ _LINEARS = {
     Kind.UP: "mlp.up_proj",
     Kind.DOWN: "mlp.down_proj",
 }
+_FUSED = {
+    Kind.QKV: "self_attn.qkv_proj",
+    Kind.ATTENTION_OUTPUT: "self_attn.o_proj",
+    Kind.GATE_UP: "mlp.gate_up_proj",
+    Kind.DOWN: "mlp.down_proj",
+}
 _QK_NORMS = {Kind.Q_NORM: "self_attn.q_norm", Kind.K_NORM: "self_attn.k_norm"}
 _NORMS = frozenset({Kind.FINAL_NORM, *_QK_NORMS, *(kind for kind, _ in BOTH)})
 TABLES = frozenset({Kind.EMBEDDING, Kind.HEAD})
@@ -65,7 +71,8 @@ class Weight:
     def gguf(self) -> str:
         """llama.cpp's name, such as `blk.0.attn_q.weight`."""
         prefix = "" if self.layer is None else f"blk.{self.layer}."
-        return f"{prefix}{self.kind.value}.{self.name.rpartition('.')[2]}"
+        kind = Kind.UP if self.kind is Kind.GATE_UP else self.kind
+        return f"{prefix}{kind.value}.{self.name.rpartition('.')[2]}"
 
 
 def weights(config: DecoderConfig) -> tuple[Weight, ...]:
@@ -94,11 +101,13 @@ def _layer_weights(config: DecoderConfig, layer: int) -> Iterator[Weight]:
         Kind.Q: (query, hidden),
         Kind.K: (key, hidden),
         Kind.V: (key, hidden),
+        Kind.QKV: (query + 2 * key, hidden),
         Kind.Q_NORM: (query if whole_row else config.head_dim,),
         Kind.K_NORM: (key if whole_row else config.head_dim,),
         Kind.ATTENTION_OUTPUT: (hidden, query),
         Kind.GATE: (ffn, hidden),
         Kind.UP: (ffn, hidden),
+        Kind.GATE_UP: (2 * ffn, hidden),
         Kind.DOWN: (hidden, ffn),
     }
     biased = {
@@ -106,7 +115,8 @@ def _layer_weights(config: DecoderConfig, layer: int) -> Iterator[Weight]:
         Kind.ATTENTION_OUTPUT: config.output_bias,
         **dict.fromkeys((Kind.GATE, Kind.UP, Kind.DOWN), config.mlp_bias),
     }
-    modules = {**dict(family.norms), **_LINEARS, **(_QK_NORMS if family.qk_norm else {})}
+    linears = _FUSED if family.fused else _LINEARS
+    modules = {**dict(family.norms), **linears, **(_QK_NORMS if family.qk_norm else {})}
     for kind in Kind:  # in the order of the forward pass
         if kind not in modules:
             continue

@@ -109,7 +109,8 @@ def _statistics(
     tables: Tables,
 ) -> dict[Kind, Statistics]:
     """Statistics of the Linears of one full-precision layer; `exact` moves on to its output."""
-    squares = {kind: torch.zeros(2 * layer[kind].weight.shape[1:]) for kind in SHARED_INPUTS}
+    shared = {first: kinds for first, kinds in SHARED_INPUTS.items() if first in layer}
+    squares = {kind: torch.zeros(2 * layer[kind].weight.shape[1:]) for kind in shared}
     moves = {kind: torch.zeros_like(square) for kind, square in squares.items()}
     added = {} if Kind.ATTENTION_POST_NORM in layer else RESIDUALS  # not through another norm
     residuals = {kind: torch.zeros_like(layer[kind].weight) for kind in added}
@@ -120,14 +121,14 @@ def _statistics(
         exact.write(batch, output)
         decoder_layer(actual.read(batch), layer, config, tables, found.__setitem__)
         missing = {kind: (wanted.pop(kind) - found[kind]).flatten(0, 1) for kind in found}
-        for kind in SHARED_INPUTS:
+        for kind in shared:
             inputs = found[kind].flatten(0, 1)
             squares[kind].addmm_(inputs.T, inputs)
             moves[kind].addmm_(missing[kind].T, inputs)
             if kind in added:
                 residuals[kind].addmm_(missing[added[kind]].T, inputs)
     statistics = {}
-    for first, kinds in SHARED_INPUTS.items():
+    for first, kinds in shared.items():
         hessian = squares[first].div_(exact.tokens).numpy()
         move = moves.pop(first)
         for kind in kinds:

@@ -23,6 +23,8 @@ _FORWARD_SECONDS = 1.5e-11  # per weight and token: one calibration pass is thre
 _JUDGE_SECONDS = 2.5e-11  # per weight and token: oracle, codes and artifact
 _START_MEMORY = 350_000_000  # the libraries themselves
 _BLOCK_MEMORY = 100_000_000  # blocks of rows in flight
+# The first of the Linears that read one input.
+_OWN_INPUTS = (Kind.Q, Kind.QKV, Kind.ATTENTION_OUTPUT, Kind.GATE, Kind.GATE_UP, Kind.DOWN)
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,9 +114,7 @@ def _memory(plan: Plan) -> int:
     layer = [c for c in plan.choices if c.weight.layer == 0 and c.method == "gptq"]
     weights = sum(4 * prod(choice.weight.shape) for choice in layer)
     hessians = sum(
-        4 * choice.weight.shape[1] ** 2
-        for choice in layer
-        if choice.weight.kind in (Kind.Q, Kind.ATTENTION_OUTPUT, Kind.GATE, Kind.DOWN)
+        4 * choice.weight.shape[1] ** 2 for choice in layer if choice.weight.kind in _OWN_INPUTS
     )
     solving = max((8 * prod(c.weight.shape) + 8 * c.weight.shape[1] ** 2 for c in layer), default=0)
     return _START_MEMORY + max(_BLOCK_MEMORY + 4 * largest, 2 * weights + 2 * hessians + solving)

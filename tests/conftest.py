@@ -93,6 +93,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma3_text": ("gemma", {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 24}),
     "smollm3": ("llama3", {"num_hidden_layers": 4}),
     "olmo2": ("gpt2", {"tie_word_embeddings": False}),
+    "phi3": ("spm", {"sliding_window": 200}),
     "granite": (
         "gpt2",
         {

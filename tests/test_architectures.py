@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -153,6 +154,12 @@ LLAMA3_ROPE = {
 }
 
 
+LONG = {
+    "type": "longrope",
+    "short_factor": [1, 1],
+    "long_factor": [1, 2],
+    "original_max_position_embeddings": 32,
+}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
 
 
@@ -170,6 +177,18 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
             Rope(7e5, "llama3", 8.0, 1.0, 4.0, 32),
         ),
         ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}, Rope(1e6)),
+        (
+            {"rope_scaling": LONG},
+            Rope(
+                1e4,
+                "longrope",
+                2.0,
+                original_context=32,
+                attention_factor=math.sqrt(1.2),
+                short_factors=(1.0, 1.0),
+                long_factors=(1.0, 2.0),
+            ),
+        ),
         ({"rope_parameters": YARN}, Rope(1e4, "yarn", 4.0, original_context=32)),
         (
             {"rope_scaling": YARN | {"beta_fast": 16, "beta_slow": 2}},
@@ -199,7 +218,10 @@ def test_rope(keys: dict[str, Any], expected: Rope) -> None:
         ({"layer_types": 3}, "layer_types"),
         ({"quantization_config": {"bits": 4}}, "already quantized"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2}}, "yarn has no original_max_posi"),
-        ({"rope_scaling": {"rope_type": "longrope", "factor": 2}}, "rope_type = 'longrope'"),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2}}, "rope_type = 'dynamic'"),
+        ({"rope_scaling": LONG | {"attention_factor": 2}}, "attention_factor = 2"),
+        ({"rope_scaling": LONG | {"short_factor": None}}, "short_factor = None"),
+        ({"rope_scaling": LONG | {"short_factor": [1]}}, r"= \[1, 2\]"),
         ({"rope_parameters": YARN | {"attention_factor": 1.0}}, "does not know attention_factor"),
         ({"rope_scaling": "linear"}, "rope_scaling = 'linear'"),
         ({"rope_scaling": {"type": "linear"}}, "linear has no factor"),

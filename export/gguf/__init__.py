@@ -20,7 +20,7 @@ from ..container import ReadBack
 from . import compare, layout, reader
 from .adapter import BASE, predict_adapter, refuse_adapter, write_adapter
 from .device import minimum_runtime, readme
-from .metadata import model_metadata, rope_factors
+from .metadata import model_metadata, rope_tensors
 from .packing import float_bytes, packed_rows, row_order
 from .vocabulary import vocabulary_metadata
 from .writer import TensorInfo, Value, file_bytes, write_file
@@ -121,5 +121,5 @@ def _data(
         else:
             offset = np.float32(config.family.norm_offset if choice.weight.is_norm else 0)
             yield [float_bytes(info, tensor + offset, order)]
-    if config.rope.kind == "llama3":
-        yield [rope_factors(config.rope, config.head_dim)]
+    for values in rope_tensors(config.rope, config.head_dim).values():
+        yield [values]

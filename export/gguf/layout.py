@@ -9,11 +9,10 @@ from gguf import GGMLQuantizationType as Type
 from ...architectures import DecoderConfig
 from ...errors import Unsupported
 from ...quantize.plan import Choice, Plan
-from .metadata import full_period
+from .metadata import full_period, rope_tensors
 from .packing import BLOCK, TYPES
 from .writer import TensorInfo
 
-ROPE_FACTORS = "rope_freqs.weight"
 FLOAT_MATRIX, FLOAT_VECTOR = Type.F16, Type.F32  # llama.cpp wants norms and biases in F32
 
 
@@ -25,9 +24,8 @@ def tensor_infos(config: DecoderConfig, plan: Plan) -> list[TensorInfo]:
     """
     _refuse_graph(config)
     infos = [_info(choice) for choice in plan.choices]
-    if config.rope.kind == "llama3":
-        infos.append(TensorInfo(ROPE_FACTORS, (config.head_dim // 2,), Type.F32))
-    return infos
+    ropes = rope_tensors(config.rope, config.head_dim).items()
+    return infos + [TensorInfo(name, values.shape, Type.F32) for name, values in ropes]
 
 
 def _info(choice: Choice) -> TensorInfo:
@@ -71,6 +69,8 @@ def _left_out(config: DecoderConfig, family: str) -> dict[str, bool]:
     of_config = family == "granite"
     return {
         "rope of type llama3": config.rope.kind == "llama3" and not llama,
+        "rope of type longrope": config.rope.kind == "longrope" and family != "phi3",
+        "heads that are rotated in part": config.rope.share != 1 and family != "phi3",
         "a bias on the attention output": config.output_bias and not llama,
         "biases in the feed-forward network": config.mlp_bias and not llama,
         "one table for embedding and head": config.tied and family == "olmo2",

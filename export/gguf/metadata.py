@@ -45,7 +45,7 @@ def model_metadata(config: DecoderConfig, name: str, tensors: list[TensorInfo]) 
         "attention.key_length": config.head_dim,
         "attention.value_length": config.head_dim,
         "attention.layer_norm_rms_epsilon": config.rms_norm_eps,
-        "rope.dimension_count": config.head_dim,
+        "rope.dimension_count": config.rope.rotated(config.head_dim),
         "rope.freq_base": config.rope.theta,
     }
     hyper |= _rope_scaling(config.rope)
@@ -81,6 +81,11 @@ def full_period(windowed: Sequence[bool]) -> int | None:
 
 
 def _rope_scaling(rope: Rope) -> dict[str, Value]:
+    if rope.kind == "longrope":
+        return {
+            "rope.scaling.attn_factor": rope.attention_factor,
+            "rope.scaling.original_context_length": rope.original_context,
+        }
     if rope.kind not in ("linear", "yarn"):
         return {}
     keys: dict[str, Value] = {"type": rope.kind, "factor": rope.factor}
@@ -91,6 +96,18 @@ def _rope_scaling(rope: Rope) -> dict[str, Value]:
             "yarn_beta_slow": rope.beta_slow,
         }
     return {f"rope.scaling.{key}": value for key, value in keys.items()}
+
+
+def rope_tensors(rope: Rope, head_dim: int) -> dict[str, Float32]:
+    """Tensors of what each frequency is divided by, where it is not one number: float32."""
+    if rope.kind == "llama3":
+        return {"rope_freqs.weight": rope_factors(rope, head_dim)}
+    if rope.kind == "longrope":
+        return {
+            "rope_factors_long.weight": np.array(rope.long_factors, np.float32),
+            "rope_factors_short.weight": np.array(rope.short_factors, np.float32),
+        }
+    return {}
 
 
 def rope_factors(rope: Rope, head_dim: int) -> Float32:

@@ -38,6 +38,10 @@ _GRID_TYPES = {
     "int8-row": Type.Q8_0,
 }
 _NEIGHBOURS = ("llama", "smollm3", "granite")  # LLAMA_ROPE_TYPE_NORM in llama.cpp
+_ROPE_TENSORS = {
+    "llama3": {"rope_freqs.weight"},
+    "longrope": {"rope_factors_long.weight", "rope_factors_short.weight"},
+}
 _STRING, _ARRAY = 8, 9
 _SCALARS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}  # as struct names them
 _MAX_DIMENSIONS = 4
@@ -117,7 +121,7 @@ def read_back(
 def matched(file: GGUF, config: DecoderConfig) -> list[tuple[Weight, Stored]]:
     """Each weight of the decoder with its tensor; nothing missing, nothing left over."""
     expected = {weight.gguf: weight for weight in weights(config)}
-    extra = {"rope_freqs.weight"} if config.rope.kind == "llama3" else set()
+    extra = _ROPE_TENSORS.get(config.rope.kind, set())
     difference = (set(expected) | extra) ^ set(file.tensors)
     if difference:
         name = min(difference)

@@ -65,6 +65,21 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "smollm3": ("smollm3", {"num_hidden_layers": 5}),
     "olmo2": ("olmo2", {}),
     "granite": ("granite", {}),
+    "phi3": ("phi3", {}),
+    "phi3-long": (
+        "phi3",
+        {
+            "max_position_embeddings": 512,
+            "original_max_position_embeddings": 256,  # llama.cpp's shortest context
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 10000.0,
+                "partial_rotary_factor": 0.75,
+                "short_factor": [1.0, 1.1, 1.2, 1.5, 2.0, 3.0],
+                "long_factor": [1.0, 2.0, 4.0, 8.0, 16.0, 32.0],
+            },
+        },
+    ),
 }
 
 

@@ -171,6 +171,23 @@ def test_two_pieces_of_one_text_are_refused(tiny_llama: Path, tmp_path: Path) ->
             "int4",
             "rope of type llama3",
         ),
+        ("olmo2", {"tie_word_embeddings": True}, "int4", "one table for embedding and head"),
+        ("gemma2", {"attn_logit_softcapping": None}, "int4", "that are not capped"),
+        ("gemma2", {"query_pre_attn_scalar": 8}, "int4", "attention scaled by another factor"),
+        (
+            "gemma2",
+            {"layer_types": ["full_attention", "sliding_attention"]},
+            "int4",
+            "other layers than every second",
+        ),
+        ("gemma3_text", {"attn_logit_softcapping": 20.0}, "int4", "attention scores capped"),
+        (
+            "gemma3_text",
+            {"layer_types": ["full_attention", "sliding_attention"]},
+            "int4",
+            "windows that follow no period",
+        ),
+        ("smollm3", {"no_rope_layer_interval": 2}, "int4", "not rotated but every fourth"),
     ],
 )
 def test_what_llama_cpp_does_not_compute_is_refused_before_work(
