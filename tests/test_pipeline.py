@@ -60,6 +60,29 @@ def manifest_of(folder: Path) -> Any:
     return json.loads((folder / "manifest.json").read_text())
 
 
+# ---- families ----
+
+
+@pytest.mark.parametrize("family", ["gemma3_text", "phi3", "olmo2", "granite"])
+def test_a_family_from_checkpoint_to_verified_bundle(
+    family: str, make_model: Run, recipe_for: Run, run: Run, tmp_path: Path, at_hand: None
+) -> None:
+    """GPTQ, an adapter on every Linear, a tokenizer of the family's kind; judged in llama.cpp."""
+    model = make_model(family)
+    config = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules="all-linear")
+    adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(model), config)
+    adapted.save_pretrained(tmp_path / "lora")
+    done = run(
+        "export", "--config", recipe_for(tmp_path, model), "--adapter", f"a={tmp_path / 'lora'}",
+        "--method", "gptq", "--preset", "int8", "--json", "-q",
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    (found,) = done.json["bundles"]
+    assert found["accuracy"]["held_out"]["kl_mean"] < 0.02
+    assert found["tokenizer"]["conforms"]
+    assert run("verify", tmp_path / "dist" / "pocket").code == 0
+
+
 # ---- adapters ----
 
 
