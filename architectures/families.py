@@ -196,8 +196,8 @@ FAMILIES = {
             fused=True,
             capped_by_window=True,
             keys=frozenset(
-                """sliding_window original_max_position_embeddings partial_rotary_factor
-                resid_pdrop embd_pdrop""".split()
+                """sliding_window original_max_position_embeddings partial_rotary_factor resid_pdrop
+                embd_pdrop full_attn_mod interpolate_factor auto_map""".split()
             ),
         ),
         Family("olmo2", "Olmo2ForCausalLM", "olmo2", norms=AFTER, qk_norm="row"),

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -25,6 +26,8 @@ from slimport.architectures import (
 )
 from slimport.checkpoint import Checkpoint, Float32
 from slimport.errors import BadInput, SlimportError, Unsupported
+from slimport.export.gguf import layout
+from slimport.quantize.plan import make_plan
 
 LLAMA: dict[str, Any] = {
     "model_type": "llama",
@@ -144,6 +147,33 @@ def test_defaults_are_those_of_transformers() -> None:
     assert (config.kv_heads, config.head_dim, config.tied) == (4, 4, False)
     assert config.rope == Rope(10000.0)
     assert decoder_config(LLAMA | {"head_dim": 32}).head_dim == 32
+
+
+# config.json of published models, from their model cards; the weights are not here.
+PUBLISHED = json.loads((Path(__file__).parent / "data" / "configs.json").read_text())
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_models_are_understood(name: str) -> None:
+    """No key of theirs is refused, the weights are those of transformers, and GGUF holds them."""
+    fields = dict(PUBLISHED[name])
+    config = decoder_config(fields)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**fields))
+    expected = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    if config.tied:
+        expected.pop(HEAD)
+    assert {weight.name: weight.shape for weight in weights(config)} == expected
+    assert config.tied == (model.lm_head.weight is model.model.embed_tokens.weight)
+    layout.tensor_infos(config, make_plan(config))
+
+
+@pytest.mark.parametrize(
+    ("name", "context"),
+    [("Mistral-7B-v0.1", 4096), ("Phi-3-mini-4k", 2047), ("Phi-4-mini", 4096)],
+)
+def test_what_llama_cpp_has_no_window_or_rope_for_ends_the_context(name: str, context: int) -> None:
+    assert decoder_config(PUBLISHED[name]).context_length == context
 
 
 LLAMA3_ROPE = {
