@@ -50,7 +50,7 @@ source_options = _options(
     click.option("--pre", help="tokenizer.ggml.pre, where it cannot be derived."),
 )
 quantize_options = _options(
-    click.option("--preset", help="int4 (default), int4-all, int4-signed, int8, mixed."),
+    click.option("--preset", help="int4 (default), int4-all, int4-signed, int8, int2, mixed."),
     click.option("--method", help="gptq (default), rtn, rtn-absmax."),
     click.option(
         "--grid", multiple=True, metavar="PATTERN=GRID", help="A grid for weights by name."

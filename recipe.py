@@ -365,7 +365,7 @@ targets = ["android"]                 # `slimport targets` lists them; or the pa
 # style = { path = "adapters/style", scale = 0.5 }
 
 # [quantize]
-# preset = "int4"                     # int4, int4-all, int4-signed, int8, mixed
+# preset = "int4"                     # int4, int4-all, int4-signed, int8, int2, mixed
 # method = "gptq"                     # or "rtn": needs no text
 # search = true                       # rtn: search the scales
 # calibration_windows = 64

@@ -100,7 +100,7 @@ class Container(Protocol):
         """The weights digest of the base that an adapter's file is bound to."""
 
     def minimum_runtime(
-        self, config: DecoderConfig, tokenizer: Tokenizer, separate: bool
+        self, config: DecoderConfig, plan: Plan, tokenizer: Tokenizer, separate: bool
     ) -> tuple[str, str]:
         """The oldest release of the runtime that reads the files, and what it is needed for.
 

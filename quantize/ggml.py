@@ -58,7 +58,14 @@ class Type(IntEnum):
 
 
 # (weights, bytes) of one block: what the packers rely on, so what the probe checks.
-_BLOCKS = {Type.F16: (1, 2), Type.Q4_0: (32, 18), Type.Q8_0: (32, 34), Type.Q4_K: (256, 144)}
+_BLOCKS = {
+    Type.F16: (1, 2),
+    Type.Q4_0: (32, 18),
+    Type.Q8_0: (32, 34),
+    Type.Q2_0: (64, 18),
+    Type.TQ2_0: (256, 66),
+    Type.Q4_K: (256, 144),
+}
 _FLOATS = frozenset({Type.F32, Type.F16, Type.BF16})
 
 

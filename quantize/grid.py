@@ -59,7 +59,11 @@ INT4_G32 = Grid("int4-g32", bits=4, low=-8, high=7, group=32)
 INT4_G32_SIGNED = Grid("int4-g32-signed", bits=4, low=-8, high=7, group=32, signed_scale=True)
 INT8_ROW = Grid("int8-row", bits=8, low=-127, high=127, group=None)
 INT8_G32 = Grid("int8-g32", bits=8, low=-127, high=127, group=32)
-GRIDS = {grid.name: grid for grid in (INT4_G32, INT4_G32_SIGNED, INT8_ROW, INT8_G32)}
+INT2_G64 = Grid("int2-g64", bits=2, low=-1, high=2, group=64)
+INT2_G256 = Grid("int2-g256", bits=2, low=-1, high=2, group=256)
+GRIDS = {
+    grid.name: grid for grid in (INT4_G32, INT4_G32_SIGNED, INT8_ROW, INT8_G32, INT2_G64, INT2_G256)
+}
 
 
 def round_scale(scale: Float32) -> Float32:

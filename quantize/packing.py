@@ -1,4 +1,7 @@
-"""Codes to bytes and back: low bits first along the input dimension, two's complement."""
+"""Codes to bytes and back: low bits first along the input dimension, two's complement.
+
+At 2 bits a code is stored modulo 4, and read as one of -1, 0, 1, 2.
+"""
 
 from __future__ import annotations
 
@@ -18,13 +21,16 @@ def row_bytes(columns: int, bits: int) -> int:
 
 
 def pack(codes: Int8, bits: int) -> UInt8:
-    """Pack int8 codes (rows, columns) into uint8 (rows, row_bytes). `bits` is 4 or 8.
+    """Pack int8 codes (rows, columns) into uint8 (rows, row_bytes). `bits` is 2, 4 or 8.
 
-    At 4 bits a row 1, -2, 3 becomes the bytes 0xe1, 0x03.
+    At 4 bits a row 1, -2, 3 becomes the bytes 0xe1, 0x03; at 2 bits 1, -1, 2 becomes 0x2d.
     """
     if bits == 8:
         return codes.view(np.uint8)
     rows, columns = codes.shape
+    if bits == 2:
+        whole = np.pad(codes, ((0, 0), (0, -columns % 4))).view(np.uint8) & np.uint8(3)
+        return _joined(whole.reshape(rows, -1, 4))
     packed = np.empty((rows, row_bytes(columns, bits)), np.uint8)
     even = np.pad(codes, ((0, 0), (0, 1))) if columns % 2 else np.ascontiguousarray(codes)
     _pack_pairs(even.reshape(-1).view("<u2"), packed.reshape(-1))
@@ -35,9 +41,21 @@ def unpack(packed: UInt8, bits: int, columns: int) -> Int8:
     """The inverse of `pack`: int8 codes (rows, columns)."""
     if bits == 8:
         return packed.view(np.int8)
+    if bits == 2:
+        codes = np.empty((*packed.shape, 4), np.int8)
+        for place in range(4):
+            stored = packed >> np.uint8(2 * place) & np.uint8(3)
+            codes[:, :, place] = np.where(stored == 3, -1, stored)
+        return np.ascontiguousarray(codes.reshape(len(packed), -1)[:, :columns])
     pairs = np.empty(packed.shape, "<u2")
     _unpack_pairs(np.ascontiguousarray(packed).reshape(-1), pairs.reshape(-1))
     return np.ascontiguousarray(pairs.view(np.int8)[:, :columns])
+
+
+def _joined(parts: UInt8) -> UInt8:
+    """Four 2-bit numbers (..., 4) to a byte, the first one lowest."""
+    joined: UInt8 = np.bitwise_or.reduce(parts << np.array([0, 2, 4, 6], np.uint8), axis=-1)
+    return joined
 
 
 @compiled

@@ -12,7 +12,7 @@ from typing import Any
 
 from ..architectures import DecoderConfig, Kind, Weight, weights
 from ..errors import BadInput, UsageError
-from .grid import GRIDS, INT4_G32, INT4_G32_SIGNED, INT8_ROW, Grid
+from .grid import GRIDS, INT2_G64, INT4_G32, INT4_G32_SIGNED, INT8_ROW, Grid
 
 FLOAT = "float16"  # as a pattern's value: the weight stays float
 METHODS = ("rtn", "rtn-absmax", "gptq")  # rtn-absmax: rtn without the search for a scale
@@ -36,6 +36,7 @@ PRESETS = {
     "int4-all": Preset(INT4_G32, INT4_G32),
     "int4-signed": Preset(INT4_G32_SIGNED, INT8_ROW),
     "int8": Preset(INT8_ROW, INT8_ROW),
+    "int2": Preset(INT2_G64, INT8_ROW),
     "mixed": Preset(INT4_G32, INT8_ROW, promoted=INT8_ROW),
 }
 

@@ -14,6 +14,7 @@ from typing import Any
 from ..bundle import canonical_json, sha256
 from ..checkpoint import license_files
 from ..export.container import Container
+from ..quantize.plan import Plan
 from ..quantize.store import QuantizedCheckpoint
 from ..quantize.windows import Windows
 from ..settings import format_size
@@ -126,13 +127,14 @@ def write_readme(
     container: Container,
     target: Target,
     source: Source,
+    plan: Plan,
     report: Mapping[str, Any] | None,
     files: Files,
     folder: Path,
 ) -> None:
     """README.md: how to load this bundle on the device, with code; `report` None: not judged."""
     separate = bool(files.adapters)
-    build, reason = container.minimum_runtime(source.decoder, source.tokenizer, separate)
+    build, reason = container.minimum_runtime(source.decoder, plan, source.tokenizer, separate)
     settings = sampling(source)
     fields = {
         "name": source.name,

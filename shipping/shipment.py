@@ -105,14 +105,18 @@ def build(
             if recipe.pre is not None:  # a claim of the user's, and quick to check
                 conformance.check(source.tokenizer, files.model, RUNTIMES[job.container.NAME])
             assembly.write_tokenizer_notes(source, None, folder)
-            assembly.write_readme(job.container, job.target, source, None, files, folder)
+            assembly.write_readme(
+                job.container, job.target, source, quantized.plan, None, files, folder
+            )
             bundle.write_manifest(folder, _manifest(job, recipe, source, quantized, texts, None))
             return
         case = case_of(job, source, quantized, texts, files)
         judgement = judge(case, RUNTIMES[job.container.NAME], work, progress)
         found = report_on(job, recipe, source, quantized, texts, files, judgement, quantized.errors)
         assembly.write_tokenizer_notes(source, golden_json(judgement, case), folder)
-        assembly.write_readme(job.container, job.target, source, found, files, folder)
+        assembly.write_readme(
+            job.container, job.target, source, quantized.plan, found, files, folder
+        )
         report.write(folder / "report", found, report.measurements(judgement.measurements))
         bundle.write_manifest(folder, _manifest(job, recipe, source, quantized, texts, found))
         if failure := budget.failure(found):
@@ -247,7 +251,7 @@ def _manifest(
     `found` is the report; None: nothing was judged.
     """
     build, reason = job.container.minimum_runtime(
-        source.decoder, source.tokenizer, source.mode == "separate"
+        source.decoder, quantized.plan, source.tokenizer, source.mode == "separate"
     )
     return {
         "name": source.name,

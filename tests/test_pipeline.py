@@ -83,6 +83,24 @@ def test_a_family_from_checkpoint_to_verified_bundle(
     assert run("verify", tmp_path / "dist" / "pocket").code == 0
 
 
+@pytest.mark.parametrize("grid", ["int2-g64", "int2-g256"])
+def test_two_bits_are_judged_in_llama_cpp(
+    grid: str, make_model: Run, recipe_for: Run, run: Run, tmp_path: Path, at_hand: None
+) -> None:
+    """Random weights are far from their 2-bit codes; what runs is close to these codes."""
+    model = make_model("llama", hidden_size=256, intermediate_size=512)
+    more = f'[quantize.patterns]\n"model.layers.*" = "{grid}"\n'
+    recipe = recipe_for(tmp_path, model)
+    recipe.write_text(recipe.read_text() + more)
+    done = run("export", "--config", recipe, "--method", "gptq", "--json", "-q")
+    assert done.code == 0, done.err
+    (found,) = done.json["bundles"]
+    assert found["errors"]["runtime"]["kl_mean"] < 0.05 * found["accuracy"]["held_out"]["kl_mean"]
+    manifest = manifest_of(tmp_path / "dist" / "pocket")
+    assert {"int2-g64": "Q2_0", "int2-g256": "TQ2_0"}[grid] in manifest["minimum_runtime"]["reason"]
+    assert run("verify", tmp_path / "dist" / "pocket").code == 0
+
+
 # ---- adapters ----
 
 

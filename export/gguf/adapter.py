@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from gguf import GGMLQuantizationType as Type
 
 from ...adapters.adapter import Adapter, Delta
 from ...architectures import DecoderConfig, Weight, weights
 from ...errors import Unsupported
+from ...quantize.ggml import Type
 from ...quantize.grid import Float32
 from .packing import row_order
 from .writer import TensorInfo, Value, file_bytes, write_file

@@ -11,6 +11,7 @@ from pathlib import Path
 from string import Template
 
 from ...architectures import DecoderConfig
+from ...quantize.plan import Plan
 from ...tokenizer.tokenizer import Tokenizer
 
 # (what a file may need, release that has it, the pull request that brought it)
@@ -27,14 +28,21 @@ _ARCHITECTURES = {
     "granite": (4000, "the Granite architecture, #9412"),
 }
 _LLAMA3_ROPE = (3500, "the rope_freqs tensor of Llama 3.1, #8676")
+_GRIDS = {
+    "int2-g64": (11549, "the type Q2_0; no older build was tried"),
+    "int2-g256": (3700, "the type TQ2_0, #8151"),
+}
 _ADAPTER = (4000, "GGUF adapters, #8332")
 _OLD_TOKENIZERS = ("gpt-2", "llama-bpe", "qwen2")  # pre-tokenizers that those builds know
 _OTHER_TOKENIZER = (5092, "a pre-tokenizer added after 2024")
 
 
-def minimum_runtime(config: DecoderConfig, tokenizer: Tokenizer, separate: bool) -> tuple[str, str]:
+def minimum_runtime(
+    config: DecoderConfig, plan: Plan, tokenizer: Tokenizer, separate: bool
+) -> tuple[str, str]:
     """The oldest llama.cpp build that reads the file, such as "b3000", and why."""
     needs = [_ARCHITECTURES[config.family.gguf]]
+    needs += [_GRIDS[c.grid.name] for c in plan.quantized if c.grid and c.grid.name in _GRIDS]
     if config.rope.kind == "llama3":
         needs.append(_LLAMA3_ROPE)
     if tokenizer.kind == "bpe" and tokenizer.pre not in _OLD_TOKENIZERS:

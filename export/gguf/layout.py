@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 
-from gguf import GGMLQuantizationType as Type
-
 from ...architectures import DecoderConfig
 from ...errors import Unsupported
+from ...quantize.ggml import Type
 from ...quantize.plan import Choice, Plan
 from .metadata import full_period, rope_tensors
-from .packing import BLOCK, TYPES
+from .packing import BLOCKS, TYPES
 from .writer import TensorInfo
 
 FLOAT_MATRIX, FLOAT_VECTOR = Type.F16, Type.F32  # llama.cpp wants norms and biases in F32
@@ -39,13 +38,14 @@ def _info(choice: Choice) -> TensorInfo:
             f"no ggml type means the same; GGUF holds {', '.join(TYPES)} exactly",
             f'give it one of these grids: "{weight.name}" = "int8-g32"',
         )
-    if weight.shape[1] % BLOCK:
+    kind = TYPES[choice.grid.name]
+    if weight.shape[1] % BLOCKS[kind]:
         raise Unsupported(
             f"{weight.name}: GGUF cannot hold {choice.grid.name} rows of {weight.shape[1]} inputs",
-            f"ggml's blocks hold {BLOCK} weights each, and a row holds whole blocks",
+            f"ggml's blocks hold {BLOCKS[kind]} weights each, and a row holds whole blocks",
             f'leave it in float16: "{weight.name}" = "float16"',
         )
-    return TensorInfo(weight.gguf, weight.shape, TYPES[choice.grid.name])
+    return TensorInfo(weight.gguf, weight.shape, kind)
 
 
 def _refuse_graph(config: DecoderConfig) -> None:

@@ -7,10 +7,10 @@ from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
-from gguf import GGMLQuantizationType as Type
 from gguf import LlamaFileType
 
 from ...architectures import DecoderConfig, Rope
+from ...quantize.ggml import Type
 from ...quantize.grid import Float32
 from .writer import TensorInfo, Value
 
@@ -20,6 +20,8 @@ _FILE_TYPES = {
     Type.F16: LlamaFileType.MOSTLY_F16,
     Type.Q4_0: LlamaFileType.MOSTLY_Q4_0,
     Type.Q8_0: LlamaFileType.MOSTLY_Q8_0,
+    Type.TQ2_0: LlamaFileType.MOSTLY_TQ2_0,
+    Type.Q2_0: LlamaFileType.GUESSED,  # gguf-py has no name for it yet
 }
 
 

@@ -1,7 +1,9 @@
 """Codes and scales into ggml's blocks, bit for bit (block layouts: ggml's `ggml-common.h`).
 
 Q4_0: an fp16 scale, then 16 bytes; byte j holds code j in its low and code 16 + j in its high
-nibble, each plus 8. Q8_0: an fp16 scale, then 32 int8 codes.
+nibble, each plus 8. Q8_0: an fp16 scale, then 32 int8 codes. Q2_0: an fp16 scale, then 16 bytes;
+byte j holds codes 4j .. 4j + 3, low bits first, each plus 1. TQ2_0: 64 bytes, then an fp16 scale;
+of each half, byte j holds codes j, 32 + j, 64 + j and 96 + j, low bits first, each plus 1.
 """
 
 from __future__ import annotations
@@ -12,12 +14,12 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from gguf import GGMLQuantizationType as Type
 
 from ...architectures import DecoderConfig, Kind, Weight
 from ...errors import Unsupported
 from ...quantize.compiled import compiled
-from ...quantize.grid import Float32
+from ...quantize.ggml import Type
+from ...quantize.grid import Float32, Int8
 from ...quantize.tensor import QuantizedTensor
 from .writer import TensorInfo
 
@@ -27,12 +29,14 @@ UInt64 = npt.NDArray[np.uint64]
 Index = npt.NDArray[np.int64]
 
 FP16_MAX = 65504
-BLOCK = 32  # weights that share one scale in Q4_0 and Q8_0
+BLOCKS = {Type.Q4_0: 32, Type.Q8_0: 32, Type.Q2_0: 64, Type.TQ2_0: 256}  # weights of one scale
 TYPES = {
     "int4-g32": Type.Q4_0,
     "int4-g32-signed": Type.Q4_0,
     "int8-g32": Type.Q8_0,
     "int8-row": Type.Q8_0,  # the row's scale stands in each of its blocks
+    "int2-g64": Type.Q2_0,
+    "int2-g256": Type.TQ2_0,
 }
 _CHUNK = 1 << 21  # weights packed at a time by one thread
 
@@ -44,12 +48,16 @@ def pack(tensor: QuantizedTensor) -> UInt8:
         Unsupported: rows do not divide into blocks, or a scale is not exact in fp16.
     """
     rows, columns = tensor.shape
-    blocks = columns // BLOCK
-    if columns % BLOCK:
-        raise _not_blocks(columns)
+    kind = TYPES[tensor.grid.name]
+    size = BLOCKS[kind]
+    blocks = columns // size
+    if columns % size:
+        raise _not_blocks(columns, kind)
     half = np.broadcast_to(_exact_half(tensor.scale), (rows, blocks)).reshape(-1)
-    codes = np.ascontiguousarray(tensor.codes).reshape(rows * blocks, BLOCK)
-    if TYPES[tensor.grid.name] is Type.Q4_0:
+    codes = np.ascontiguousarray(tensor.codes).reshape(rows * blocks, size)
+    if kind in (Type.Q2_0, Type.TQ2_0):
+        return _pack_two_bits(codes, half, kind).reshape(rows, -1)
+    if kind is Type.Q4_0:
         packed = np.empty((rows * blocks, 9), "<u2")
         _pack_q4_0(codes.view("<u8"), half, packed)
     else:
@@ -123,12 +131,24 @@ def _exact_half(scale: Float32) -> UInt16:
     return half.view("<u2")
 
 
-def _not_blocks(columns: int) -> Unsupported:
+def _not_blocks(columns: int, kind: Type) -> Unsupported:
     return Unsupported(
-        f"rows of {columns} codes do not divide into blocks of {BLOCK}",
-        "Q4_0 and Q8_0 share one scale among 32 weights of a row",
+        f"rows of {columns} codes do not divide into blocks of {BLOCKS[kind]}",
+        f"{kind.name} shares one scale among {BLOCKS[kind]} weights of a row",
         "leave this weight in float16",
     )
+
+
+def _pack_two_bits(codes: Int8, half: UInt16, kind: Type) -> UInt8:
+    """codes (blocks, size) to uint8 (blocks, bytes)."""
+    raised = (codes + 1).view(np.uint8)
+    scale = half.view(np.uint8).reshape(-1, 2)
+    if kind is Type.TQ2_0:
+        raised = raised.reshape(len(codes), 2, 4, 32).swapaxes(2, 3)
+    parts = raised.reshape(len(codes), -1, 4)
+    joined = np.bitwise_or.reduce(parts << np.array([0, 2, 4, 6], np.uint8), axis=-1)
+    both = (scale, joined) if kind is Type.Q2_0 else (joined, scale)
+    return np.concatenate(both, axis=1)
 
 
 @compiled

@@ -30,12 +30,21 @@ UInt16 = npt.NDArray[np.uint16]
 UInt64 = npt.NDArray[np.uint64]
 
 # (weights, bytes) of a block
-_BLOCKS = {Type.F32: (1, 4), Type.F16: (1, 2), Type.Q4_0: (32, 18), Type.Q8_0: (32, 34)}
+_BLOCKS = {
+    Type.F32: (1, 4),
+    Type.F16: (1, 2),
+    Type.Q4_0: (32, 18),
+    Type.Q8_0: (32, 34),
+    Type.Q2_0: (64, 18),
+    Type.TQ2_0: (256, 66),
+}
 _GRID_TYPES = {
     "int4-g32": Type.Q4_0,
     "int4-g32-signed": Type.Q4_0,
     "int8-g32": Type.Q8_0,
     "int8-row": Type.Q8_0,
+    "int2-g64": Type.Q2_0,
+    "int2-g256": Type.TQ2_0,
 }
 _NEIGHBOURS = ("llama", "smollm3", "granite")  # LLAMA_ROPE_TYPE_NORM in llama.cpp
 _ROPE_TENSORS = {
@@ -158,14 +167,16 @@ def unpack(
 def unpack_rows(
     path: Path, stored: Stored, source: npt.NDArray[np.int64], grid: Grid
 ) -> QuantizedTensor:
-    """Codes and scales of a Q4_0 or Q8_0 tensor whose row i is row source[i] of the result.
+    """Codes and scales of a quantized tensor whose row i is row source[i] of the result.
 
     Raises:
         BadInput: one scale per row is expected, and its blocks do not repeat it.
     """
     codes = np.empty(stored.shape, np.int8)
-    scale = np.empty((stored.shape[0], stored.shape[1] // 32), np.float32)
-    if stored.type == Type.Q4_0:
+    scale = np.empty((stored.shape[0], stored.shape[1] // _BLOCKS[stored.type][0]), np.float32)
+    if stored.type in (Type.Q2_0, Type.TQ2_0):
+        codes[source] = _two_bits(stored)
+    elif stored.type == Type.Q4_0:
         _unpack_nibbles(stored.rows.view("<u2"), source, codes.view("<u8"))
     else:
         _unpack_bytes(stored.rows.view("<u2"), source, codes.view("<u2"))
@@ -192,7 +203,25 @@ def source_rows(weight: Weight, config: DecoderConfig) -> npt.NDArray[np.int64]:
 def _scales(stored: Stored) -> Float32:
     words = _BLOCKS[stored.type][1] // 2
     blocks = stored.rows.view("<u2").reshape(stored.shape[0], -1, words)
-    return np.ascontiguousarray(blocks[:, :, 0]).view("<f2").astype(np.float32)
+    place = -1 if stored.type == Type.TQ2_0 else 0
+    return np.ascontiguousarray(blocks[:, :, place]).view("<f2").astype(np.float32)
+
+
+def _two_bits(stored: Stored) -> npt.NDArray[np.int8]:
+    """Codes -1 .. 2 in the order of the row.
+
+    Code i of a Q2_0 block stands in bits 2 (i % 4) of byte i // 4 after the scale; code i of a
+    TQ2_0 block in bits 2 (i // 32 % 4) of byte 32 (i // 128) + i % 32.
+    """
+    size, length = _BLOCKS[stored.type]
+    code = np.arange(size)
+    if stored.type == Type.Q2_0:
+        byte, shift = 2 + code // 4, code % 4 * 2
+    else:
+        byte, shift = code // 128 * 32 + code % 32, code // 32 % 4 * 2
+    blocks = stored.rows.reshape(-1, length)
+    found = (blocks[:, byte] >> shift.astype(np.uint8)) & np.uint8(3)
+    return (found.astype(np.int8) - np.int8(1)).reshape(stored.shape)
 
 
 def _collapse(path: Path, stored: Stored, scale: Float32) -> Float32:

@@ -23,8 +23,10 @@ LANES = 64
 
 # By bits: divisors of a largest magnitude that is negative, and of one that is positive. They run
 # from one code inside the range to where a third of it would be clipped; at 8 bits clipping never
-# pays, so only the fit varies. test_rtn.py holds them against every representable scale.
+# pays, so only the fit varies, and at 2 bits much may be clipped. test_rtn.py holds them against
+# every representable scale.
 _DIVISORS = {
+    2: np.stack([np.linspace(0.6, 4, 24)] * 2).astype(np.float32),
     4: np.stack([np.linspace(7, 11, 12), np.linspace(6, 10, 12)]).astype(np.float32),
     8: np.stack([np.linspace(121, 130, 8)] * 2).astype(np.float32),
 }

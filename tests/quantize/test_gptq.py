@@ -14,6 +14,11 @@ from slimport.quantize.tensor import QuantizedTensor
 Float64 = npt.NDArray[np.float64]
 
 
+def width(grid: Grid, columns: int) -> int:
+    """At least so many columns, in whole groups."""
+    return columns if grid.group is None else -(-columns // grid.group) * grid.group
+
+
 def problem(rows: int, columns: int, seed: int = 0, samples: int = 3000) -> tuple[Float32, Float32]:
     """A random weight, and the Hessian of correlated inputs of very different strength."""
     rng = np.random.default_rng(seed)
@@ -47,7 +52,7 @@ def textbook(weight: Float32, scale: Float32, grid: Grid, hessian: Float32) -> F
 
 @pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS)
 def test_codes_are_those_of_the_textbook(grid: Grid) -> None:
-    weight, hessian = problem(48, 320)
+    weight, hessian = problem(48, width(grid, 320))
     quantized = gptq.solve(weight, grid, hessian)
     expected = textbook(weight, quantized.scale, grid, hessian)
     assert (quantized.codes == expected).mean() > 0.999
@@ -55,14 +60,14 @@ def test_codes_are_those_of_the_textbook(grid: Grid) -> None:
 
 @pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS)
 def test_outputs_change_less_than_with_rtn(grid: Grid) -> None:
-    weight, hessian = problem(48, 320)
+    weight, hessian = problem(48, width(grid, 320))
     error = output_error(gptq.solve(weight, grid, hessian), weight, hessian)
     assert error < 0.5 * output_error(rtn.solve(weight, grid), weight, hessian)
 
 
 @pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS)
 def test_scales_are_kept_to_eight_bits_and_codes_to_the_grid(grid: Grid) -> None:
-    weight, hessian = problem(16, 96)
+    weight, hessian = problem(16, width(grid, 96))
     quantized = gptq.solve(weight * 3, grid, hessian)
     np.testing.assert_array_equal(quantized.scale, round_scale(quantized.scale))
     assert grid.low <= quantized.codes.min() and quantized.codes.max() <= grid.high

@@ -7,9 +7,9 @@ from slimport.quantize.packing import pack, row_bytes, unpack
 
 
 @settings(deadline=None)  # the first example compiles
-@given(st.data(), st.sampled_from([4, 8]), st.integers(1, 5), st.integers(1, 70))
+@given(st.data(), st.sampled_from([2, 4, 8]), st.integers(1, 5), st.integers(1, 70))
 def test_round_trip(data, bits, rows, columns):
-    low, high = -(1 << (bits - 1)), (1 << (bits - 1)) - 1
+    low, high = (-1, 2) if bits == 2 else (-(1 << (bits - 1)), (1 << (bits - 1)) - 1)
     flat = st.lists(st.integers(low, high), min_size=rows * columns, max_size=rows * columns)
     codes = np.array(data.draw(flat), np.int8).reshape(rows, columns)
     packed = pack(codes, bits)
@@ -27,6 +27,10 @@ def test_round_trip(data, bits, rows, columns):
 )
 def test_bytes_by_hand(codes, packed):
     assert pack(np.int8(codes), 4).tolist() == packed
+
+
+def test_two_bits_by_hand():
+    assert pack(np.int8([[1, -1, 2], [2, 0, -1]]), 2).tolist() == [[0b101101], [0b110010]]
 
 
 def test_a_slice_of_columns_packs_like_its_copy():

@@ -58,7 +58,7 @@ def test_mixed_promotes_values_and_down_projections():
 
 @pytest.mark.parametrize("preset", [name for name in PRESETS if name != "mixed"])
 def test_presets(preset):
-    plan = make_plan(decoder(intermediate_size=96), preset)
+    plan = make_plan(decoder(intermediate_size=128), preset)
     linears = {c.grid for c in plan.choices if c.weight.is_linear}
     tables = {c.grid for c in plan.choices if c.weight.is_table}
     assert linears == {PRESETS[preset].linears}

@@ -21,6 +21,11 @@ def normal(rows, columns, seed=0):
     return np.random.default_rng(seed).standard_normal((rows, columns), np.float32)
 
 
+def width(grid, columns):
+    """At least so many columns, in whole groups."""
+    return columns if grid.group is None else -(-columns // grid.group) * grid.group
+
+
 def squared_error(weight, tensor):
     return float(np.square(weight.astype(np.float64) - tensor.dequantize()).sum())
 
@@ -31,8 +36,8 @@ def best_possible(weight, grid):
     table = weight.reshape(-1, size).astype(np.float64)
     peak = np.abs(table).max(1)
     best = np.full(len(table), np.inf)
-    spread = 1.75 if grid.bits == 4 else 1.1
-    for divisor in np.geomspace(grid.high / spread, -grid.low * spread, 500):
+    first, last = {2: (0.5, 6), 4: (4, 14), 8: (115, 140)}[grid.bits]
+    for divisor in np.geomspace(first, last, 500):
         for sign in (1, -1) if grid.signed_scale else (1,):
             scale = round_scale((sign * peak / divisor).astype(np.float32))[:, None]
             codes = np.clip(np.rint(table / scale), grid.low, grid.high)
@@ -65,9 +70,9 @@ def reference_scale(table, grid):
 
 @every_grid
 def test_equals_plain_numpy_to_the_bit(grid):
-    weight = normal(150, 96)
+    weight = normal(150, width(grid, 96))
     tensor = rtn.solve(weight, grid)
-    size = 96 // grid.groups(96)
+    size = weight.shape[1] // grid.groups(weight.shape[1])
     scale = reference_scale(weight.reshape(-1, size), grid)
     assert np.array_equal(tensor.scale.reshape(-1), scale)
     codes = np.clip(np.rint(weight.reshape(-1, size) / scale[:, None]), grid.low, grid.high)
@@ -78,7 +83,14 @@ def test_equals_plain_numpy_to_the_bit(grid):
 # bits what is left to gain is luck with roundings, so few scales are tried.
 @pytest.mark.parametrize(
     ("name", "limit"),
-    [("int4-g32", 1.003), ("int4-g32-signed", 1.0035), ("int8-g32", 1.09), ("int8-row", 1.015)],
+    [
+        ("int4-g32", 1.003),
+        ("int4-g32-signed", 1.0035),
+        ("int8-g32", 1.09),
+        ("int8-row", 1.015),
+        ("int2-g64", 1.0035),
+        ("int2-g256", 1.0035),
+    ],
 )
 def test_search_is_near_the_best_of_all_scales(name, limit):
     weight, grid = normal(128, 512), GRIDS[name]
@@ -132,7 +144,7 @@ finite = st.floats(-(2.0**120), 2.0**120, width=32)
 
 
 @settings(max_examples=60, deadline=None)
-@given(arrays(np.float32, (3, 64), elements=finite | st.just(0.0)), st.sampled_from([*GRIDS]))
+@given(arrays(np.float32, (3, 256), elements=finite | st.just(0.0)), st.sampled_from([*GRIDS]))
 def test_any_finite_weight_gives_valid_codes(weight, name):
     grid = GRIDS[name]
     tensor = rtn.solve(weight, grid)
@@ -146,7 +158,7 @@ def test_any_finite_weight_gives_valid_codes(weight, name):
 
 @every_grid
 def test_blocks_of_rows_give_the_codes_of_the_whole(grid):
-    weight = normal(131, 64)
+    weight = normal(131, width(grid, 64))
     whole = rtn.solve(weight, grid)
     for rows in (slice(0, 1), slice(1, 70), slice(70, 131)):
         part = rtn.solve(weight[rows], grid)

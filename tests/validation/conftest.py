@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import gguf as upstream
 import pytest
 
 from slimport.architectures import decoder_config
 from slimport.checkpoint import Checkpoint
 from slimport.export import gguf
 from slimport.export.gguf import layout
+from slimport.quantize.ggml import Type
 from slimport.quantize.plan import make_plan
 from slimport.quantize.quantizer import quantize
 from slimport.tokenizer.tokenizer import Tokenizer
@@ -48,7 +48,7 @@ def export_gguf(
     )
     with pytest.MonkeyPatch.context() as patch:
         # Beside float16 weights ggml rounds activations to float16 too: 1e-2 in these logits.
-        patch.setattr(layout, "FLOAT_MATRIX", upstream.GGMLQuantizationType.F32)
+        patch.setattr(layout, "FLOAT_MATRIX", Type.F32)
         (file,) = gguf.write(quantized, Tokenizer.open(model, pre=pre), folder)
     return Exported(model, quantized.folder, file)
 

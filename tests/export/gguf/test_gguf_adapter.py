@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import gguf as upstream
 import numpy as np
 import pytest
 import torch
@@ -19,6 +18,7 @@ from slimport.errors import Unsupported, ValidationFailed
 from slimport.export import gguf
 from slimport.export.gguf import layout
 from slimport.export.gguf.reader import open_gguf
+from slimport.quantize.ggml import Type
 from slimport.tokenizer.tokenizer import Tokenizer
 from slimport.validation.runtimes import llamacpp
 
@@ -71,7 +71,7 @@ def loaded(folder: Path, target: Path, config: Any) -> Adapter:
 def test_llama_cpp_applies_what_peft_trained(
     variant: str, make_model: Any, in_memory: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(layout, "FLOAT_MATRIX", upstream.GGMLQuantizationType.F32)
+    monkeypatch.setattr(layout, "FLOAT_MATRIX", Type.F32)
     family, overrides, settings = VARIANTS[variant]
     folder = make_model(family, **overrides)
     oracle = trained(folder, tmp_path / "peft", settings)

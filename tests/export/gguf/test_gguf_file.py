@@ -15,6 +15,7 @@ from slimport.architectures import FAMILIES, weights
 from slimport.export import gguf
 from slimport.export.gguf import layout
 from slimport.export.gguf.metadata import rope_factors
+from slimport.quantize.ggml import Type
 from slimport.quantize.tensor import QuantizedTensor, weights_digest
 from slimport.tokenizer.tokenizer import Tokenizer
 from slimport.validation.runtimes import llamacpp
@@ -124,7 +125,7 @@ def test_llama_cpp_computes_the_logits_of_transformers(
     variant: str, make_model: Any, in_memory: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Beside float16 weights ggml rounds activations to float16 too (8e-3 in these logits).
-    monkeypatch.setattr(layout, "FLOAT_MATRIX", upstream.GGMLQuantizationType.F32)
+    monkeypatch.setattr(layout, "FLOAT_MATRIX", Type.F32)
     family, overrides = VARIANTS[variant]
     folder = make_model(family, **overrides)
     model = in_memory(folder, patterns=FLOAT)
@@ -143,13 +144,14 @@ def test_llama_cpp_computes_the_logits_of_transformers(
     ("family", "preset"),
     [
         *((family, "int4") for family in FAMILIES),
-        *(("llama", preset) for preset in ("int4-all", "int4-signed", "int8", "mixed")),
+        *(("llama", preset) for preset in ("int4-all", "int4-signed", "int8", "mixed", "int2")),
     ],
 )
 def test_every_code_comes_back(
     family: str, preset: str, make_model: Any, in_memory: Any, tmp_path: Path
 ) -> None:
-    folder = make_model(family, tie_word_embeddings=family != "olmo2" and preset != "int4-all")
+    tied = family != "olmo2" and preset != "int4-all"
+    folder = make_model(family, tie_word_embeddings=tied, intermediate_size=128)
     model = in_memory(folder, preset)
     export(model, folder, tmp_path)
     found = gguf.check(model, tmp_path)

@@ -20,7 +20,8 @@ from slimport.quantize.tensor import QuantizedTensor
 def tensors(draw: st.DrawFn) -> QuantizedTensor:
     """Any grid, codes anywhere on it, scales from the floor to the ceiling, all-zero groups."""
     grid = GRIDS[draw(st.sampled_from(sorted(packing.TYPES)))]
-    rows, columns = draw(st.integers(1, 5)), 32 * draw(st.integers(1, 4))
+    size = packing.BLOCKS[packing.TYPES[grid.name]]
+    rows, columns = draw(st.integers(1, 5)), size * draw(st.integers(1, 4))
     shape = (rows, grid.groups(columns))
     codes = draw(arrays.arrays(np.int8, (rows, columns), elements=st.integers(grid.low, grid.high)))
     smallest = -SCALE_CEILING if grid.signed_scale else SCALE_FLOOR
@@ -51,7 +52,9 @@ def test_ggml_and_gguf_dequantize_to_code_times_scale(tensor: QuantizedTensor) -
     packed = packing.pack(tensor)
     expected = tensor.dequantize()
     np.testing.assert_array_equal(dequantize_rows(kind, packed, tensor.shape[1]), expected)
-    np.testing.assert_array_equal(gguf.dequantize(packed, kind), expected)
+    if kind.name in gguf.GGMLQuantizationType.__members__:
+        upstream = gguf.GGMLQuantizationType(kind)
+        np.testing.assert_array_equal(gguf.dequantize(packed, upstream), expected)
 
 
 def test_a_q4_0_block_by_hand() -> None:
@@ -71,13 +74,31 @@ def test_a_q8_0_row_by_hand_repeats_its_scale() -> None:
     assert packing.pack(tensor).tobytes().hex() == expected
 
 
+def test_a_q2_0_block_by_hand() -> None:
+    codes = np.zeros((1, 64), np.int8)
+    codes[0, :4] = -1, 0, 1, 2  # byte 0: 0, 1, 2, 3 from the lowest bits on
+    codes[0, 63] = 2  # the highest bits of the last byte
+    tensor = QuantizedTensor(GRIDS["int2-g64"], codes, np.array([[0.5]], np.float32))
+    assert packing.pack(tensor).tobytes().hex() == "0038" + "e4" + "55" * 14 + "d5"
+
+
+def test_a_tq2_0_block_by_hand() -> None:
+    codes = np.zeros((1, 256), np.int8)
+    codes[0, [0, 32, 64, 96]] = -1, 0, 1, 2  # byte 0: 0, 1, 2, 3 from the lowest bits on
+    codes[0, 255] = 2  # the highest bits of the last byte
+    tensor = QuantizedTensor(GRIDS["int2-g256"], codes, np.array([[0.5]], np.float32))
+    assert packing.pack(tensor).tobytes().hex() == "e4" + "55" * 62 + "d5" + "0038"
+
+
 @pytest.mark.parametrize("rows", [1, 3, 7])
 @pytest.mark.parametrize("grid", sorted(packing.TYPES))
 def test_parts_join_to_the_whole(grid: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packing, "_CHUNK", 128)  # two rows at a time, so a last part of one row
+    # Two rows at a time, so a last part of one row.
     generator = np.random.default_rng(rows)
-    codes = generator.integers(-8, 8, (rows, 64), dtype=np.int8)
-    scale = np.full((rows, GRIDS[grid].groups(64)), 0.25, np.float32)
+    size = packing.BLOCKS[packing.TYPES[grid]]
+    monkeypatch.setattr(packing, "_CHUNK", 2 * size)
+    codes = generator.integers(-1, 3, (rows, size), dtype=np.int8)
+    scale = np.full((rows, GRIDS[grid].groups(size)), 0.25, np.float32)
     tensor = QuantizedTensor(GRIDS[grid], codes, scale)
     order = generator.permutation(rows)
     parts = list(packing.packed_rows(tensor, order))
@@ -100,7 +121,7 @@ def test_rows_of_broken_blocks_are_refused() -> None:
 
 
 def test_float16_keeps_what_it_can_and_refuses_the_rest() -> None:
-    info = TensorInfo("output.weight", (1, 2), gguf.GGMLQuantizationType.F16)
+    info = TensorInfo("output.weight", (1, 2), Type.F16)
     assert packing.float_bytes(info, np.array([[65504, 0.5]], np.float32)).tolist() == [
         [65504, 0.5]
     ]
