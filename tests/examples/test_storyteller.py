@@ -116,6 +116,21 @@ def test_fixed_slots_cost_nothing_and_hold(story):
         grammar.read(drawn.text, **{**fixed, "animal": "owl"})
 
 
+def test_choices_show_where_the_story_says_so(story):
+    """What the request fixes is no choice, and what is repeated is one only the first time."""
+    corpus, grammar = story("corpus"), story("grammar")
+    rng = random.Random(5)
+    for _ in range(50):
+        request = corpus.draw_request(rng)
+        answer = corpus.answer(request, rng)
+        shown = {answer.text[start:end] for start, end in answer.chosen}
+        assert not {request.name, request.animal} & shown
+        drawn = grammar.sample(rng)
+        names = [drawn.text[start:end] for start, end in drawn.chosen]
+        assert drawn.taken["name"] in names and drawn.taken["animal"] in names
+        assert drawn.text.count(str(drawn.taken["name"])) > names.count(drawn.taken["name"])
+
+
 def test_the_rule_of_the_preferences(story):
     corpus, preferences = story("corpus"), story("preferences")
     request = corpus.Request("Emma", "Pip", "fox", "in the dark forest", 0)
@@ -219,7 +234,9 @@ def test_held_out_nats_of_the_committed_base_are_near_the_entropy(story):
 
 def test_committed_figures():
     figures = json.loads((FOLDER / "figures.json").read_text())
-    assert figures["base"]["bf16"]["excess"] <= 0.10
+    base, tuned = figures["base"]["bf16"], figures["sft"]
+    assert base["excess"] <= 0.03 and base["coherent"] >= 0.5
+    assert tuned["nats_per_answer"] <= 1.05 * tuned["entropy"]
     assert figures["base"]["2-bit"]["excess"] > 2 * figures["base"]["4-bit"]["excess"]
     assert figures["reward"]["accuracy"] > 0.8
     assert figures["preference"]["win_rate_rule"] > 0.5
