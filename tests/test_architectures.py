@@ -284,6 +284,20 @@ def test_no_config_escapes_as_another_error(changes: dict[str, Any]) -> None:
         assert config.heads % config.kv_heads == 0
 
 
+@settings(deadline=None, max_examples=600)
+@given(st.data())
+def test_no_published_config_escapes_as_another_error(data: st.DataObject) -> None:
+    fields = PUBLISHED[data.draw(st.sampled_from([*PUBLISHED]))]
+    keys = st.sampled_from([*fields, "layer_types", "rope_scaling", "rope_parameters"])
+    try:
+        config = decoder_config(fields | data.draw(st.dictionaries(keys, JSON, max_size=2)))
+        layout.tensor_infos(config, make_plan(config))
+    except SlimportError as error:
+        assert error.exit_code in (5, 7)
+    else:
+        assert len(config.windowed) == len(config.rotated) == config.layers
+
+
 def test_missing_and_misshapen_tensors() -> None:
     config = decoder_config(LLAMA)
     found = arrays(LLAMA)
