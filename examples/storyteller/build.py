@@ -337,12 +337,14 @@ def compare(build: Build) -> None:
     samples, rule, reward = {}, {}, {}
     for name in ("base", "sft", "dpo"):
         model = build.base() if name == "base" else build.adapted(name)
-        texts = samples[name] = p.generate(model, tokenizer, prompts, SEED)
+        texts = p.generate(model, tokenizer, prompts, SEED, train.TEMPERATURE)
+        samples[name] = texts
         rule[name] = [p.points(r, text) for r, text in zip(requests, texts, strict=True)]
         rows = [p.encode_answer(tokenizer, r, t)[0] for r, t in zip(requests, texts, strict=True)]
         reward[name] = p.score_rows(judge, rows, tokenizer.token_to_id(c.PAD)).tolist()
     build.figures["preference"] = {
         "samples": len(requests),
+        "temperature": train.TEMPERATURE,
         "points": {name: sum(found) / len(found) for name, found in rule.items()},
         "coherent": {
             name: sum(map(p.coherent, requests, texts)) / len(texts)

@@ -168,12 +168,13 @@ def generate(
     tokenizer: Tokenizer,
     prompts: Sequence[str],
     seed: int,
+    temperature: float = 1.0,
     limit: int = 256,
     never: Sequence[str] = (c.PAD,),
 ) -> list[str]:
-    """One sample at temperature 1 for each prompt, of at most `limit` tokens, without the end.
+    """One sample for each prompt, of at most `limit` tokens, without the end.
 
-    Tokens in `never` are not drawn; the distribution is else the model's own.
+    Tokens in `never` are not drawn; at temperature 1 the distribution is else the model's own.
     """
     torch.manual_seed(seed)
     rows = [tokenizer.encode(text).ids for text in prompts]
@@ -184,7 +185,7 @@ def generate(
         attention_mask=(ids != pad).long(),
         max_new_tokens=limit,
         do_sample=True,
-        temperature=1.0,
+        temperature=temperature,
         top_k=0,
         top_p=1.0,
         suppress_tokens=[tokenizer.token_to_id(token) for token in never],

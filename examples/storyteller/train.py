@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 HIDDEN, FFN, LAYERS, HEADS, KV_HEADS, POSITIONS = 256, 768, 4, 8, 4, 2048
+TEMPERATURE = 0.7  # of sampling, by default
 LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -40,7 +41,11 @@ def new_model(vocabulary: int, bos: int, eos: Sequence[int], pad: int) -> nn.Mod
     )
     model = LlamaForCausalLM(config)
     model.generation_config = GenerationConfig(
-        bos_token_id=bos, eos_token_id=list(eos), pad_token_id=pad, do_sample=True, temperature=1.0
+        bos_token_id=bos,
+        eos_token_id=list(eos),
+        pad_token_id=pad,
+        do_sample=True,
+        temperature=TEMPERATURE,
     )
     return model
 
