@@ -10,7 +10,7 @@ from typing import Any
 
 from ..errors import BadInput, Unsupported
 from .families import COMMON_KEYS, FAMILIES, Family
-from .fields import not_held, optional, real, whole
+from .fields import flag, not_held, optional, real, whole
 from .rope import Rope, read_ropes
 
 _SLIDING, _FULL = "sliding_attention", "full_attention"
@@ -100,10 +100,10 @@ def decoder_config(config: Mapping[str, Any]) -> DecoderConfig:
             "heads must divide hidden, kv heads must divide heads, a head's size must be even",
             "correct config.json, or export another model",
         )
-    attention_bias = bool(config.get("attention_bias", False))
+    attention_bias = flag(config, "attention_bias")
     window, windowed = _windows(config, family, layers)
     rope, local_rope = read_ropes(config, two=family.two_ropes)
-    if rope.rotated(head_dim) % 2:
+    if rope.rotated(head_dim) not in range(2, head_dim + 1, 2):
         raise not_held("partial_rotary_factor", rope.share, f"an even part of {head_dim}")
     pairs = rope.rotated(head_dim) // 2
     if rope.kind == "longrope" and {len(rope.short_factors), len(rope.long_factors)} != {pairs}:
@@ -126,10 +126,10 @@ def decoder_config(config: Mapping[str, Any]) -> DecoderConfig:
         context_length=context,
         rms_norm_eps=real(config, "rms_norm_eps"),
         rope=rope,
-        tied=bool(config.get("tie_word_embeddings", False)),
+        tied=flag(config, "tie_word_embeddings"),
         qkv_bias=attention_bias if family.qkv_bias is None else family.qkv_bias,
         output_bias=attention_bias if family.qkv_bias is None else False,
-        mlp_bias=bool(config.get("mlp_bias", False)),
+        mlp_bias=flag(config, "mlp_bias"),
         attention_scale=_attention_scale(config, head_dim),
         local_rope=local_rope,
         window=window,
@@ -194,6 +194,8 @@ def _refuse_unknown(config: Mapping[str, Any], family: Family) -> None:
         value = config.get(key)
         if value is not None and value not in sorted(family.activations):
             raise not_held(key, value, " or ".join(sorted(family.activations)))
+    if config.get("is_causal", True) is not True:  # transformers takes its absence for true
+        raise not_held("is_causal", config["is_causal"], "true")
     for key in ("use_sliding_window", "use_bidirectional_attention"):
         if config.get(key):
             raise not_held(key, True, "false")

@@ -99,7 +99,7 @@ class Family:
     defaults: tuple[tuple[str, Any], ...] = ()
 
 
-_GELU = frozenset({"gelu_pytorch_tanh", "gelu"})  # transformers reads both as the approximation
+_GELU = frozenset({"gelu_pytorch_tanh"})
 _WINDOW = frozenset({"sliding_window", "use_sliding_window", "max_window_layers"})
 _GEMMA_WINDOW = frozenset(
     """sliding_window sliding_window_pattern query_pre_attn_scalar attn_logit_softcapping
@@ -137,7 +137,7 @@ FAMILIES = {
             "gemma",
             norm_offset=1.0,
             activation="gelu_tanh",
-            activations=_GELU,
+            activations=_GELU | {"gelu"},  # transformers reads it as the approximation, here alone
             scaled_embedding=True,
             keys=frozenset({"hidden_activation", "use_bidirectional_attention"}),
             defaults=_GEMMA,
@@ -199,6 +199,7 @@ FAMILIES = {
                 """sliding_window original_max_position_embeddings partial_rotary_factor resid_pdrop
                 embd_pdrop full_attn_mod interpolate_factor auto_map""".split()
             ),
+            defaults=(("original_max_position_embeddings", 4096),),
         ),
         Family("olmo2", "Olmo2ForCausalLM", "olmo2", norms=AFTER, qk_norm="row"),
         Family(
@@ -210,6 +211,7 @@ FAMILIES = {
                 """embedding_multiplier logits_scaling residual_multiplier attention_multiplier
                 """.split()
             ),
+            defaults=(("attention_multiplier", 1.0),),
         ),
     )
 }
@@ -222,5 +224,6 @@ COMMON_KEYS = frozenset(
     attention_dropout bos_token_id eos_token_id pad_token_id dtype torch_dtype initializer_range
     pretraining_tp transformers_version use_cache return_dict output_attentions problem_type
     output_hidden_states chunk_size_feed_forward is_encoder_decoder is_decoder id2label label2id
-    tokenizer_class prefix unsloth_fixed unsloth_version quantization_config""".split()
+    tokenizer_class prefix unsloth_fixed unsloth_version quantization_config is_causal
+    is_llama_config transformers.js_config""".split()
 )

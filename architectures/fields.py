@@ -41,6 +41,14 @@ def whole(config: Mapping[str, Any], key: str, default: int | None = None) -> in
     return int(value)
 
 
+def flag(config: Mapping[str, Any], key: str) -> bool:
+    """A truth value; None and absent are false."""
+    value = config.get(key)
+    if value is not None and not isinstance(value, bool):
+        raise not_held(key, value, "true or false")
+    return bool(value)
+
+
 def not_held(key: str, value: object, held: str) -> Unsupported:
     """The refusal of a value that changes the mathematics."""
     return Unsupported(

@@ -64,15 +64,21 @@ def read_ropes(config: Mapping[str, Any], two: bool) -> tuple[Rope, Rope | None]
         Unsupported: a kind or key that is not understood.
         BadInput: a value that is no positive number.
     """
-    given = _table(config, "rope_parameters")
-    if two and given.keys() & {_FULL, _SLIDING}:
+    given, scaling = _table(config, "rope_parameters"), _table(config, "rope_scaling")
+    if given and scaling and given != scaling:  # releases of transformers differ in which one wins
+        raise not_held("rope_scaling", scaling, "it in rope_parameters")
+    if two and given and not given.keys() <= {_FULL, _SLIDING}:
+        raise not_held("rope_parameters", given, f"{_FULL} and {_SLIDING}")
+    if two and "type" in scaling:  # transformers passes over this spelling here
+        raise not_held("rope_scaling", scaling, "rope_type")
+    if two and given:
         main = _rope(_table(given, _FULL), real(config, "rope_theta", 1e4))
         local = _rope(_table(given, _SLIDING), real(config, "rope_local_base_freq", 1e4))
         return main, local
-    merged = _table(config, "rope_scaling") | given
+    merged = scaling | given
     share = real(merged, "partial_rotary_factor", real(config, "partial_rotary_factor", 1.0))
     merged.pop("partial_rotary_factor", None)
-    if {merged.get("rope_type"), merged.get("type")} & {"longrope", "su"}:
+    if "longrope" in (merged.get("rope_type"), merged.get("type")):
         return _longrope(config, merged, share), None
     main = replace(_rope(merged, real(config, "rope_theta", 1e4)), share=share)
     return main, Rope(real(config, "rope_local_base_freq", 1e4)) if two else None
@@ -82,7 +88,7 @@ def _table(config: Mapping[str, Any], key: str) -> dict[str, Any]:
     given = config.get(key) or {}
     if not isinstance(given, dict):
         raise not_held(key, given, "an object")
-    return dict(given)
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def _longrope(config: Mapping[str, Any], scaling: Mapping[str, Any], share: float) -> Rope:
@@ -90,7 +96,9 @@ def _longrope(config: Mapping[str, Any], scaling: Mapping[str, Any], share: floa
     known = {"rope_type", "type", "rope_theta", "short_factor", "long_factor", _ORIGINAL, "factor"}
     if odd := sorted(scaling.keys() - known):
         raise not_held(odd[0], scaling[odd[0]], "longrope without it")
-    original = whole(scaling if _ORIGINAL in scaling else config, _ORIGINAL)
+    original = whole(scaling if config.get(_ORIGINAL) is None else config, _ORIGINAL)
+    if scaling.get(_ORIGINAL, original) != original or original < 2:
+        raise not_held(_ORIGINAL, scaling.get(_ORIGINAL, original), f"one number, here {original},")
     factor = real(scaling, "factor", whole(config, "max_position_embeddings") / original)
     factors = []
     for key in ("short_factor", "long_factor"):
@@ -129,4 +137,8 @@ def _rope(scaling: dict[str, Any], theta: float) -> Rope:
     values: dict[str, Any] = {key: real(scaling, key) for key in scaling if key != _ORIGINAL}
     if _ORIGINAL in scaling:
         values["original_context"] = whole(scaling, _ORIGINAL)
+    if kind == "yarn" and (
+        theta <= 1 or values.get("beta_fast", 32.0) <= values.get("beta_slow", 1.0)
+    ):
+        raise not_held("rope_scaling", scaling, "a theta above 1 and beta_fast above beta_slow")
     return Rope(theta=theta, kind=cast(Any, kind), **values)

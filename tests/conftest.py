@@ -65,13 +65,7 @@ SPLITS = {
     "tekken": r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
-    "gpt-4o": r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
-    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
     "deepseek-v3": r"\p{N}{1,3}",
-    "deepseek-coder": "[\r\n]",
 }
 MORE_SPLITS = {
     "deepseek-v3": [
@@ -79,7 +73,6 @@ MORE_SPLITS = {
         r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
         r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
     ],
-    "deepseek-coder": [r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-\ud7ff]+"],
 }
 SENTENCEPIECE = ("spm", "gemma")
 # model_type -> its tokenizer, and its own keys beside CONFIG
@@ -125,8 +118,6 @@ def _byte_level(style: str) -> Tokenizer:
     else:
         regexes = [SPLITS[style], *MORE_SPLITS.get(style, [])]
         steps: list[Any] = [pre.Split(Regex(regex), "isolated") for regex in regexes]
-        if style == "deepseek-coder":
-            steps.append(pre.Digits(individual_digits=True))
         steps.append(pre.ByteLevel(add_prefix_space=False, use_regex=False))
         tokenizer.pre_tokenizer = pre.Sequence(steps)
     if style == "qwen2":

@@ -168,6 +168,37 @@ def test_published_models_are_understood(name: str) -> None:
     layout.tensor_infos(config, make_plan(config))
 
 
+GEMMA2, GEMMA3 = PUBLISHED["gemma-2-2b-it"], PUBLISHED["gemma-3-1b-it"]
+LINEAR = {"rope_type": "linear", "factor": 8}
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (GEMMA2 | {"hidden_activation": "gelu"}, "hidden_activation = 'gelu'"),
+        (GEMMA3 | {"rope_parameters": LINEAR}, "rope_parameters"),
+        (GEMMA3 | {"rope_scaling": {"type": "linear", "factor": 8}}, "rope_scaling"),
+        (GEMMA3 | {"rope_scaling": LINEAR, "rope_parameters": {"full_attention": {}}}, "rope_scal"),
+    ],
+)
+def test_what_transformers_reads_otherwise_in_a_family_is_refused(
+    fields: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(Unsupported, match=message):
+        decoder_config(fields)
+
+
+def test_granite_without_a_multiplier_is_not_scaled() -> None:
+    fields = {k: v for k, v in PUBLISHED["granite-3.1-2b"].items() if k != "attention_multiplier"}
+    assert decoder_config(fields).attention_scale == 1
+
+
+def test_large_gemmas_scale_by_hidden_over_heads() -> None:
+    large = {"num_hidden_layers": 46, "hidden_size": 4608, "num_attention_heads": 32}
+    config = decoder_config(GEMMA2 | large | {"head_dim": 128, "query_pre_attn_scalar": 144})
+    layout.tensor_infos(config, make_plan(config))
+
+
 @pytest.mark.parametrize(
     ("name", "context"),
     [("Mistral-7B-v0.1", 4096), ("Phi-3-mini-4k", 2047), ("Phi-4-mini", 4096)],
@@ -249,6 +280,18 @@ def test_rope(keys: dict[str, Any], expected: Rope) -> None:
         ({"quantization_config": {"bits": 4}}, "already quantized"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2}}, "yarn has no original_max_posi"),
         ({"rope_scaling": {"rope_type": "dynamic", "factor": 2}}, "rope_type = 'dynamic'"),
+        ({"rope_scaling": {"rope_type": ["linear"]}}, r"rope_type = \['linear'\]"),
+        (
+            {"rope_scaling": {"type": "linear", "factor": 2}, "rope_parameters": YARN},
+            "rope_scaling",
+        ),
+        ({"rope_parameters": YARN | {"beta_fast": 1, "beta_slow": 8}}, "beta_fast above beta_slow"),
+        ({"rope_parameters": YARN | {"rope_theta": 1.0}}, "a theta above 1"),
+        ({"rope_parameters": {"partial_rotary_factor": 2.0}}, "partial_rotary_factor = 2.0"),
+        ({"rope_scaling": LONG, "original_max_position_embeddings": 16}, "original_max_position"),
+        ({"is_causal": False}, "is_causal = False"),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings = 'false'"),
+        ({"attention_bias": "no"}, "attention_bias = 'no'"),
         ({"rope_scaling": LONG | {"attention_factor": 2}}, "attention_factor = 2"),
         ({"rope_scaling": LONG | {"short_factor": None}}, "short_factor = None"),
         ({"rope_scaling": LONG | {"short_factor": [1]}}, r"= \[1, 2\]"),

@@ -36,27 +36,14 @@ _LLAMA3, _QWEN2 = (
     + r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
     for digits in (r"\p{N}{1,3}", r"\p{N}")
 )
-_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
-_END = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
-_TEKKEN, _GPT4O = (
-    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{end}|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{end}|"
-    + digits
-    + r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-    for end, digits in (("", r"\p{N}"), (_END, r"\p{N}{1,3}"))
-)
 _DEEPSEEK_V3 = (
     r"\p{N}{1,3}",
     "[一-龥\u3040-ゟ\u30a0-ヿ]+",
     r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
     r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
 )
-_DEEPSEEK_CODER = (
-    "[\r\n]",
-    r"\s?\p{L}+",
-    r"\s?\p{P}+",
-    "[一-龥ࠀ-一가-\ud7ff]+",
-    r"\p{N}",
-)
+# llama.cpp's tekken, gpt-4o and deepseek-coder part some letters otherwise than their regexes in
+# tokenizer.json (marks, letters without case, the ideographic space): these are refused.
 # (regexes applied in turn, ignore_merges) -> tokenizer.ggml.pre with the same behaviour.
 _PRE = {
     ((_GPT2,), False): "gpt-2",
@@ -64,10 +51,7 @@ _PRE = {
     ((_LLAMA3,), True): "llama-bpe",
     ((_LLAMA3,), False): "smaug-bpe",
     ((_QWEN2,), False): "qwen2",
-    ((_TEKKEN,), True): "tekken",
-    ((_GPT4O,), False): "gpt-4o",
     (_DEEPSEEK_V3, False): "deepseek-v3",
-    (_DEEPSEEK_CODER, False): "deepseek-coder",
 }
 
 

@@ -24,7 +24,7 @@ _ARCHITECTURES = {
     "gemma3": (5092, "the Gemma 3 architecture, #12343"),
     "smollm3": (6000, "the SmolLM3 architecture, #14581"),
     "olmo2": (4500, "the OLMo 2 architecture, #10394"),
-    "phi3": (3500, "the Phi-3 architecture and its long rope, #7225"),
+    "phi3": (5600, "Phi-3 without its window, #13194"),
     "granite": (4000, "the Granite architecture, #9412"),
 }
 _LLAMA3_ROPE = (3500, "the rope_freqs tensor of Llama 3.1, #8676")

@@ -62,10 +62,13 @@ def _refuse_graph(config: DecoderConfig) -> None:
 
 def _left_out(config: DecoderConfig, family: str) -> dict[str, bool]:
     """{feature: whether the model has it and the graph has not}"""
+    root = config.hidden_size // config.heads
     llama, gemma2, gemma3 = (family == name for name in ("llama", "gemma2", "gemma3"))
     caps = config.attention_softcap, config.logits_softcap
     period = full_period(config.windowed)
-    plain_scale = 1 / math.sqrt(config.head_dim)
+    # llama.cpp knows the 27B models of Gemma 2 and 3 by their number of layers.
+    large = (gemma2 and config.layers == 46) or (gemma3 and config.layers == 62)
+    plain_scale = 1 / math.sqrt(root if large else config.head_dim)
     of_config = family == "granite"
     return {
         "rope of type llama3": config.rope.kind == "llama3" and not llama,
@@ -74,6 +77,10 @@ def _left_out(config: DecoderConfig, family: str) -> dict[str, bool]:
         "a bias on the attention output": config.output_bias and not llama,
         "biases in the feed-forward network": config.mlp_bias and not llama,
         "one table for embedding and head": config.tied and family == "olmo2",
+        "a head of its own": not config.tied and family in ("gemma", "gemma2"),
+        "heads whose size is not hidden_size / heads": config.head_dim != root
+        and family in ("phi3", "olmo2", "qwen2"),
+        "rope of type linear or yarn": config.rope.kind in ("linear", "yarn") and family == "phi3",
         "attention scores capped": caps[0] is not None and not gemma2,
         "attention scores or logits that are not capped": gemma2 and None in caps,
         "logits capped": caps[1] is not None and not (gemma2 or gemma3),

@@ -82,10 +82,7 @@ NEIGHBOURS = {
     "gpt2": "smollm",
     "llama3": "qwen2",
     "qwen2": "llama-bpe",
-    "tekken": "gpt-4o",
-    "gpt-4o": "tekken",
     "deepseek-v3": "deepseek-coder",
-    "deepseek-coder": "deepseek-llm",
 }
 
 

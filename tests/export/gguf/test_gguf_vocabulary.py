@@ -172,6 +172,10 @@ def test_two_pieces_of_one_text_are_refused(tiny_llama: Path, tmp_path: Path) ->
             "rope of type llama3",
         ),
         ("olmo2", {"tie_word_embeddings": True}, "int4", "one table for embedding and head"),
+        ("gemma", {"tie_word_embeddings": False}, "int4", "a head of its own"),
+        ("qwen2", {"head_dim": 32}, "int4", "heads whose size is not"),
+        ("phi3", {"head_dim": 32}, "int4", "heads whose size is not"),
+        ("gemma2", {"num_hidden_layers": 46}, "int4", "attention scaled by another factor"),
         ("gemma2", {"attn_logit_softcapping": None}, "int4", "that are not capped"),
         ("gemma2", {"query_pre_attn_scalar": 8}, "int4", "attention scaled by another factor"),
         (
