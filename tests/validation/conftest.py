@@ -54,6 +54,12 @@ def export_gguf(
 
 
 @pytest.fixture(scope="session")
+def export_folder() -> Callable[..., Exported]:
+    """export_folder(model, folder, preset, pre, **patterns) -> Exported."""
+    return export_gguf
+
+
+@pytest.fixture(scope="session")
 def exported(make_model: Any, tmp_path_factory: Any) -> Callable[..., Exported]:
     """exported(family, preset, pre, **config) -> Exported.
 
