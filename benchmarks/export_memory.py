@@ -29,7 +29,10 @@ def main() -> None:
         print(json.dumps(measure(options.layers[0], options.method, options.folder)))
         return
     print("RssAnon in MB      peak above: imports   interpreter   |  peak   after imports")
+    from random_llama import random_llama
+
     for layers in options.layers:
+        random_llama(layers, options.folder)  # made here, where making it is not measured
         command = [sys.executable, *sys.argv, "--measure", "--layers", str(layers)]
         found = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
         above, whole = found["peak"] - found["imports"], found["peak"] - found["interpreter"]
