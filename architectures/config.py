@@ -192,7 +192,7 @@ def _refuse_unknown(config: Mapping[str, Any], family: Family) -> None:
         )
     for key in ("hidden_act", "hidden_activation"):
         value = config.get(key)
-        if value is not None and value not in sorted(family.activations):
+        if value is not None and value not in tuple(family.activations):  # it may be unhashable
             raise not_held(key, value, " or ".join(sorted(family.activations)))
     if config.get("is_causal", True) is not True:  # transformers takes its absence for true
         raise not_held("is_causal", config["is_causal"], "true")

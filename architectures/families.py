@@ -5,7 +5,7 @@ Names of GGUF tensors are those of llama.cpp's gguf-py `constants.py`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any, Literal
 
@@ -99,14 +99,23 @@ class Family:
     defaults: tuple[tuple[str, Any], ...] = ()
 
 
-_GELU = frozenset({"gelu_pytorch_tanh"})
+_TANH = frozenset({"gelu_pytorch_tanh"})
 _WINDOW = frozenset({"sliding_window", "use_sliding_window", "max_window_layers"})
-_GEMMA_WINDOW = frozenset(
-    """sliding_window sliding_window_pattern query_pre_attn_scalar attn_logit_softcapping
-    final_logit_softcapping hidden_activation use_bidirectional_attention cache_implementation
-    rope_local_base_freq""".split()
+_GEMMA = Family(
+    "gemma",
+    "GemmaForCausalLM",
+    "gemma",
+    norm_offset=1.0,
+    activation="gelu_tanh",
+    activations=_TANH | {"gelu"},  # transformers reads it as the approximation, here alone
+    scaled_embedding=True,
+    keys=frozenset({"hidden_activation", "use_bidirectional_attention"}),
+    defaults=(("head_dim", 256), ("tie_word_embeddings", True)),
 )
-_GEMMA = (("head_dim", 256), ("tie_word_embeddings", True))
+_GEMMA_KEYS = _GEMMA.keys | frozenset(
+    """sliding_window sliding_window_pattern query_pre_attn_scalar attn_logit_softcapping
+    final_logit_softcapping cache_implementation rope_local_base_freq""".split()
+)
 _GEMMA_WINDOWS = (("query_pre_attn_scalar", 256), ("sliding_window", 4096))
 FAMILIES = {
     family.model_type: family
@@ -131,49 +140,35 @@ FAMILIES = {
             keys=_WINDOW,
             defaults=(("head_dim", 128),),
         ),
-        Family(
-            "gemma",
-            "GemmaForCausalLM",
-            "gemma",
-            norm_offset=1.0,
-            activation="gelu_tanh",
-            activations=_GELU | {"gelu"},  # transformers reads it as the approximation, here alone
-            scaled_embedding=True,
-            keys=frozenset({"hidden_activation", "use_bidirectional_attention"}),
-            defaults=_GEMMA,
-        ),
-        Family(
-            "gemma2",
-            "Gemma2ForCausalLM",
-            "gemma2",
+        _GEMMA,
+        replace(
+            _GEMMA,
+            model_type="gemma2",
+            architecture="Gemma2ForCausalLM",
+            gguf="gemma2",
             norms=BOTH,
-            norm_offset=1.0,
-            activation="gelu_tanh",
-            activations=_GELU,
-            scaled_embedding=True,
+            activations=_TANH,
             full_period=2,
-            keys=_GEMMA_WINDOW,
+            keys=_GEMMA_KEYS,
             defaults=(
-                *_GEMMA,
+                *_GEMMA.defaults,
                 *_GEMMA_WINDOWS,
                 ("attn_logit_softcapping", 50.0),
                 ("final_logit_softcapping", 30.0),
             ),
         ),
-        Family(
-            "gemma3_text",
-            "Gemma3ForCausalLM",
-            "gemma3",
+        replace(
+            _GEMMA,
+            model_type="gemma3_text",
+            architecture="Gemma3ForCausalLM",
+            gguf="gemma3",
             norms=BOTH,
             qk_norm="head",
-            norm_offset=1.0,
-            activation="gelu_tanh",
-            activations=_GELU,
-            scaled_embedding=True,
+            activations=_TANH,
             full_period=6,
             two_ropes=True,
-            keys=_GEMMA_WINDOW,
-            defaults=(*_GEMMA, *_GEMMA_WINDOWS, ("rope_theta", 1e6)),
+            keys=_GEMMA_KEYS,
+            defaults=(*_GEMMA.defaults, *_GEMMA_WINDOWS, ("rope_theta", 1e6)),
         ),
         Family(
             "smollm3",

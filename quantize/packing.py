@@ -30,7 +30,7 @@ def pack(codes: Int8, bits: int) -> UInt8:
     rows, columns = codes.shape
     if bits == 2:
         whole = np.pad(codes, ((0, 0), (0, -columns % 4))).view(np.uint8) & np.uint8(3)
-        return _joined(whole.reshape(rows, -1, 4))
+        return join_pairs_of_bits(whole.reshape(rows, -1, 4))
     packed = np.empty((rows, row_bytes(columns, bits)), np.uint8)
     even = np.pad(codes, ((0, 0), (0, 1))) if columns % 2 else np.ascontiguousarray(codes)
     _pack_pairs(even.reshape(-1).view("<u2"), packed.reshape(-1))
@@ -45,15 +45,15 @@ def unpack(packed: UInt8, bits: int, columns: int) -> Int8:
         codes = np.empty((*packed.shape, 4), np.int8)
         for place in range(4):
             stored = packed >> np.uint8(2 * place) & np.uint8(3)
-            codes[:, :, place] = np.where(stored == 3, -1, stored)
+            codes[:, :, place] = ((stored + np.uint8(1)) & np.uint8(3)).view(np.int8) - np.int8(1)
         return np.ascontiguousarray(codes.reshape(len(packed), -1)[:, :columns])
     pairs = np.empty(packed.shape, "<u2")
     _unpack_pairs(np.ascontiguousarray(packed).reshape(-1), pairs.reshape(-1))
     return np.ascontiguousarray(pairs.view(np.int8)[:, :columns])
 
 
-def _joined(parts: UInt8) -> UInt8:
-    """Four 2-bit numbers (..., 4) to a byte, the first one lowest."""
+def join_pairs_of_bits(parts: UInt8) -> UInt8:
+    """Four 2-bit numbers, uint8 (..., 4), to a byte (...), the first one lowest."""
     joined: UInt8 = np.bitwise_or.reduce(parts << np.array([0, 2, 4, 6], np.uint8), axis=-1)
     return joined
 

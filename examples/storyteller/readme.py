@@ -62,7 +62,7 @@ learns to look back before it learns frequencies; the last steps weigh all token
 documents are babble, random tokens said twice, which teach copying and leave no token unseen.
 
 **These weights** come from one run of the command above, 35 minutes on two cores that did other
-work too. Most slips of the base are in one place: the hero's animal in "From that day on, ...".
+work too.
 
 """
 

@@ -119,7 +119,8 @@ def _data(
         if isinstance(tensor, QuantizedTensor):
             yield packed_rows(tensor, order)
         else:
-            offset = np.float32(config.family.norm_offset if choice.weight.is_norm else 0)
-            yield [float_bytes(info, tensor + offset, order)]
+            if choice.weight.is_norm:
+                tensor = tensor + np.float32(config.family.norm_offset)
+            yield [float_bytes(info, tensor, order)]
     for values in rope_tensors(config.rope, config.head_dim).values():
         yield [values]

@@ -20,6 +20,7 @@ from ...errors import Unsupported
 from ...quantize.compiled import compiled
 from ...quantize.ggml import Type
 from ...quantize.grid import Float32, Int8
+from ...quantize.packing import join_pairs_of_bits
 from ...quantize.tensor import QuantizedTensor
 from .writer import TensorInfo
 
@@ -146,7 +147,7 @@ def _pack_two_bits(codes: Int8, half: UInt16, kind: Type) -> UInt8:
     if kind is Type.TQ2_0:
         raised = raised.reshape(len(codes), 2, 4, 32).swapaxes(2, 3)
     parts = raised.reshape(len(codes), -1, 4)
-    joined = np.bitwise_or.reduce(parts << np.array([0, 2, 4, 6], np.uint8), axis=-1)
+    joined = join_pairs_of_bits(parts)
     both = (scale, joined) if kind is Type.Q2_0 else (joined, scale)
     return np.concatenate(both, axis=1)
 
