@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn, TypeVar
@@ -51,11 +51,15 @@ source_options = _options(
 )
 quantize_options = _options(
     click.option("--preset", help="int4 (default), int4-all, int4-signed, int8, int2, mixed."),
-    click.option("--method", help="gptq (default), rtn, rtn-absmax."),
+    click.option("--gguf-type", help="In its place one of llama.cpp's types, such as Q4_K_M."),
+    click.option("--method", help="gptq (default), rtn, rtn-absmax, imatrix (ggml's kernels)."),
     click.option(
         "--grid", multiple=True, metavar="PATTERN=GRID", help="A grid for weights by name."
     ),
     click.option("--calibration", type=click.Path(), help="Text for methods that calibrate."),
+    click.option(
+        "--imatrix", type=click.Path(), help="llama.cpp's importance matrix for method imatrix."
+    ),
 )
 text_options = _options(
     click.option("--eval", "eval_text", type=click.Path(), help="Held-out text, judged on."),
@@ -84,6 +88,8 @@ def _recipe(model: str | None, config: str | None, **flags: Any) -> Recipe:
     given = {key: value for key, value in flags.items() if value not in (None, ())}
     if "eval_text" in given:
         given["eval"] = given.pop("eval_text")
+    if "gguf_type" in given:
+        given |= _gguf_type(given.pop("gguf_type"), given)
     return recipe.override(
         model=model, adapters=adapters or None, patterns=patterns or None, **given
     )
@@ -94,6 +100,25 @@ def _pattern(words: str) -> tuple[str, str]:
     if not (pattern and equals and grid):
         raise UsageError(f"--grid {words}", "it needs a pattern and a grid", "write PATTERN=GRID")
     return pattern, grid
+
+
+def _gguf_type(name: str, flags: Mapping[str, Any]) -> dict[str, str]:
+    """What `--gguf-type` stands for: a preset, in the container that can hold it."""
+    from .quantize.mixes import MIXES
+
+    if "preset" in flags:
+        raise UsageError(
+            f"--gguf-type {name} and --preset {flags['preset']} are given together",
+            "both say which grids the weights get",
+            "give one of them",
+        )
+    if name.upper() not in MIXES:
+        raise UsageError(
+            f"--gguf-type {name} is not known",
+            f"llama.cpp's types are {', '.join(MIXES)}",
+            "choose one of them, or one of slimport's own with --preset",
+        )
+    return {"preset": name.upper(), "container": flags.get("container", "gguf")}
 
 
 def _print_json(value: Any) -> None:
@@ -221,6 +246,28 @@ def quantize(
         _print_json(quantized)
     else:
         print(f"{output}  {quantized['weights_digest']}")
+
+
+@cli.command()
+@source_options
+@click.option("--calibration", type=click.Path(), help="Text; without it the model writes its own.")
+@click.option("-o", "--output", required=True, type=click.Path(), help="The new file.")
+@output_options
+def imatrix(
+    offline: bool, output: str, as_json: bool, quiet: bool, debug: bool, **flags: Any
+) -> None:
+    """Write the importance matrix of MODEL, in the format that llama.cpp's tools read."""
+    from . import pipeline
+
+    recipe = _recipe(**flags)
+    with console.progress(quiet) as progress:
+        found = pipeline.measure_importance(
+            recipe, Path(output), offline=offline, progress=progress
+        )
+    if as_json:
+        _print_json(found)
+    else:
+        print(f"{output}  {found['weights']} weights on {found['tokens']:,} tokens")
 
 
 @cli.command()

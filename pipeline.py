@@ -12,15 +12,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from . import bundle
 from .architectures import DecoderConfig, decoder_config
 from .checkpoint import read_json
 from .errors import BadInput, SlimportError, Unsupported, UsageError, ValidationFailed, worst
 from .export.container import Container
-from .quantize import quantizer, store
+from .quantize import imatrix, quantizer, store
+from .quantize.imatrix import Imatrix
 from .quantize.plan import Plan
 from .quantize.store import Origin, QuantizedCheckpoint
-from .quantize.tensor import QuantizedTensor, weights_digest
+from .quantize.tensor import weights_digest
 from .quantize.windows import Windows
 from .recipe import Recipe
 from .shipping import shipment
@@ -107,7 +110,11 @@ def _same_origin(source: Source, plan: Plan, folder: Path) -> QuantizedCheckpoin
 
 
 def _quantize(
-    source: Source, plan: Plan, windows: Windows | None, folder: Path, progress: Progress
+    source: Source,
+    plan: Plan,
+    calibration: Windows | Imatrix | None,
+    folder: Path,
+    progress: Progress,
 ) -> QuantizedCheckpoint:
     with ThreadPoolExecutor(1) as pool:
         origin = pool.submit(_origin, source)
@@ -116,7 +123,7 @@ def _quantize(
             source.config,
             plan,
             folder,
-            calibration=windows,
+            calibration=calibration,
             tokenizer_folder=source.checkpoint.folder,
             progress=progress,
             origin=origin.result,
@@ -143,6 +150,45 @@ def quantize(
         "weights_digest": quantized.weights_digest,
         "float_digest": quantized.float_digest,
         "errors": dict(quantized.errors),
+    }
+
+
+def measure_importance(
+    recipe: Recipe, output: Path, *, offline: bool = False, progress: Progress = _silent
+) -> dict[str, Any]:
+    """Write the importance matrix of a recipe's model on its calibration text to `output`.
+
+    Raises:
+        UsageError: `output` exists.
+    """
+    from .quantize.calibration import importance  # torch is loaded only to calibrate
+
+    imatrix.refuse_existing(output)
+    recipe = recipe.override(method="imatrix")
+    source = open_source(recipe, offline=offline)
+    texts = read_texts(recipe, source, calibrate=True, validate=False, progress=progress)
+    windows = texts.calibration
+    if not isinstance(windows, Windows):
+        raise UsageError(
+            "an importance matrix is not made from another",
+            f"the recipe names {texts.origins['calibration']} in place of a text",
+            "give a text with --calibration FILE and remove `imatrix` from slimport.toml",
+        )
+    count, length = windows.ids.shape
+    matrix = Imatrix(
+        importance(source.weights, source.decoder, windows, progress),
+        tokens=count * length,
+        window=length,
+        texts=(texts.origins["calibration"],),
+    )
+    imatrix.write(matrix, output, source.decoder)
+    return {
+        "schema": "slimport.imatrix/1",
+        "path": str(output),
+        "digest": matrix.digest,
+        "weights": len(matrix.importance),
+        "tokens": matrix.tokens,
+        "text": texts.origins["calibration"],
     }
 
 
@@ -217,7 +263,7 @@ def verify(folder: Path) -> dict[str, Any]:
     digests = {
         name: weight.digest(name)
         for name, weight in container.read_back(folder, decoder, grids)
-        if isinstance(weight, QuantizedTensor)
+        if not isinstance(weight, np.ndarray)
     }
     for name in grids:
         if digests.get(name) != manifest["digests"].get(name):

@@ -45,6 +45,7 @@ class Quantize:
     Attributes:
         preset, method: names that quantize/plan.py and quantize/methods know.
         search: whether RTN searches its scales.
+        imatrix: an importance matrix for method imatrix, in place of calibration text.
         patterns: fnmatch pattern on the weight name -> grid name or "float16".
         calibration_windows, calibration_length: windows of calibration text, tokens in each.
     """
@@ -55,6 +56,7 @@ class Quantize:
     patterns: Mapping[str, str] = field(default_factory=dict)
     calibration_windows: int = 64
     calibration_length: int = 512
+    imatrix: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +138,8 @@ class Recipe:
             "targets": [Path(target).name for target in self.targets],
             "adapters": {adapter.name: {"scale": adapter.scale} for adapter in self.adapters},
             "texts": {name: path and path.name for name, path in asdict(self.texts).items()},
+            "quantize": table["quantize"]
+            | {"imatrix": self.quantize.imatrix and self.quantize.imatrix.name},
         }
 
 
@@ -304,6 +308,7 @@ _SECTIONS: dict[str, tuple[type[Quantize | Texts | Validate], dict[str, Reader]]
             "patterns": _texts_by_name,
             "calibration_windows": whole,
             "calibration_length": whole,
+            "imatrix": _existing,
         },
     ),
     "texts": (Texts, {"calibration": _existing, "eval": _existing, "eval_ood": _existing}),
@@ -365,8 +370,10 @@ targets = ["android"]                 # `slimport targets` lists them; or the pa
 # style = { path = "adapters/style", scale = 0.5 }
 
 # [quantize]
-# preset = "int4"                     # int4, int4-all, int4-signed, int8, int2, mixed
-# method = "gptq"                     # or "rtn": needs no text
+# preset = "int4"                     # int4, int4-all, int4-signed, int8, int2, mixed; for GGUF
+                                      # alone also llama.cpp's Q4_K_M, Q2_K, IQ3_M ...
+# method = "gptq"                     # or "rtn": needs no text; or "imatrix": ggml's own kernels
+# imatrix = "imatrix.gguf"            # for method imatrix, in place of calibration text
 # search = true                       # rtn: search the scales
 # calibration_windows = 64
 # calibration_length = 512            # tokens in each

@@ -144,4 +144,4 @@ def _typed(config: DecoderConfig, plan: Plan, kind: Type) -> list[TensorInfo]:
 
 def _metadata(config: DecoderConfig, plan: Plan, tokenizer: Tokenizer) -> dict[str, Any]:
     vocabulary = vocabulary_metadata(tokenizer, config.vocab_size)
-    return model_metadata(config, "peer", tensor_infos(config, plan)) | vocabulary
+    return model_metadata(config, "peer", plan, tensor_infos(config, plan)) | vocabulary

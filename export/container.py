@@ -13,10 +13,10 @@ from typing import Protocol
 
 from ..adapters.adapter import Adapter
 from ..architectures import DecoderConfig
+from ..quantize.blocks import Quantized
 from ..quantize.grid import Float32
 from ..quantize.plan import Plan
 from ..quantize.store import QuantizedCheckpoint
-from ..quantize.tensor import QuantizedTensor
 from ..tokenizer.tokenizer import Tokenizer
 
 
@@ -64,7 +64,7 @@ class Container(Protocol):
 
     def read_back(
         self, folder: Path, config: DecoderConfig, grids: Mapping[str, str]
-    ) -> Iterator[tuple[str, QuantizedTensor | Float32]]:
+    ) -> Iterator[tuple[str, Quantized | Float32]]:
         """Every tensor of the finished file, under its source name and in source row order.
 
         `grids` is {source name: grid name} of the quantized weights. Shares no code with the

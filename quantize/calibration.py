@@ -7,7 +7,7 @@ unnamed temporary file, so anonymous memory depends on one layer and not on wind
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from types import TracebackType
 from typing import NamedTuple
@@ -31,6 +31,8 @@ from ..decoder import (
 from ..errors import EnvironmentFailed
 from .grid import Float32
 from .windows import Int32, Windows
+
+Progress = Callable[[str, int, int], None]
 
 # Matrix products add up in an order that depends on the number of threads: a fixed one, whatever
 # the cores, gives the same codes on every machine with this CPU.
@@ -99,6 +101,55 @@ def layer_statistics(
                     actual.write(batch, moved)
                     del moved
                 del quantized, replaced, layer
+
+
+def importance(
+    source: Weights, config: DecoderConfig, windows: Windows, progress: Progress
+) -> dict[str, Float32]:
+    """llama.cpp's importance matrix: {weight name: mean of x^2 of every input x, float32}.
+
+    Of every Linear, in full precision, as llama-imatrix computes it.
+
+    Args:
+        progress: called with (stage, layers done, layers in all).
+
+    Raises:
+        EnvironmentFailed: no room for the temporary file (4 bytes per token and hidden feature).
+    """
+    tables = attention_tables(config, windows.ids.shape[1])
+    found: dict[str, Float32] = {}
+    with same_threads(), _Activations(windows, config) as activations:
+        activations.embed(source, config)
+        for index in range(config.layers):
+            progress("importance matrix", index, config.layers)
+            squares = _squares(
+                load_layer(source, config, index), config, activations, tables[index]
+            )
+            found |= {
+                weight.name: squares[weight.kind]
+                for weight in weights(config)
+                if weight.layer == index and weight.is_linear
+            }
+    progress("importance matrix", config.layers, config.layers)
+    return found
+
+
+def _squares(
+    layer: LayerWeights, config: DecoderConfig, activations: _Activations, tables: Tables
+) -> dict[Kind, Float32]:
+    """Mean of x^2 by the kind of Linear; `activations` move on to the layer's output."""
+    shared = {first: kinds for first, kinds in SHARED_INPUTS.items() if first in layer}
+    sums = {kind: torch.zeros(layer[kind].weight.shape[1], dtype=torch.float64) for kind in shared}
+
+    def add(kind: Kind, inputs: Tensor) -> None:
+        if kind in sums:
+            sums[kind] += inputs.flatten(0, 1).square().sum(0)
+
+    for batch in range(activations.batches):
+        output = decoder_layer(activations.read(batch), layer, config, tables, add)
+        activations.write(batch, output)
+    means = {first: (total / activations.tokens).float().numpy() for first, total in sums.items()}
+    return {kind: means[first] for first, kinds in shared.items() for kind in kinds}
 
 
 def _statistics(

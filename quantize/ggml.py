@@ -57,15 +57,37 @@ class Type(IntEnum):
     Q2_0 = 42
 
 
-# (weights, bytes) of one block: what the packers rely on, so what the probe checks.
-_BLOCKS = {
+# (weights, bytes) of one block
+BLOCKS = {
+    Type.F32: (1, 4),
     Type.F16: (1, 2),
+    Type.BF16: (1, 2),
     Type.Q4_0: (32, 18),
+    Type.Q4_1: (32, 20),
+    Type.Q5_0: (32, 22),
+    Type.Q5_1: (32, 24),
     Type.Q8_0: (32, 34),
+    Type.IQ4_NL: (32, 18),
+    Type.MXFP4: (32, 17),
     Type.Q2_0: (64, 18),
-    Type.TQ2_0: (256, 66),
+    Type.Q2_K: (256, 84),
+    Type.Q3_K: (256, 110),
     Type.Q4_K: (256, 144),
+    Type.Q5_K: (256, 176),
+    Type.Q6_K: (256, 210),
+    Type.IQ1_S: (256, 50),
+    Type.IQ1_M: (256, 56),
+    Type.IQ2_XXS: (256, 66),
+    Type.IQ2_XS: (256, 74),
+    Type.IQ2_S: (256, 82),
+    Type.IQ3_XXS: (256, 98),
+    Type.IQ3_S: (256, 110),
+    Type.IQ4_XS: (256, 136),
+    Type.TQ1_0: (256, 54),
+    Type.TQ2_0: (256, 66),
 }
+# Kernels that stop the process without an importance matrix.
+NEEDS_IMPORTANCE = frozenset({Type.IQ1_S, Type.IQ2_XXS, Type.IQ2_XS})
 _FLOATS = frozenset({Type.F32, Type.F16, Type.BF16})
 
 
@@ -102,14 +124,14 @@ def row_bytes(type: int, columns: int) -> int:
         Unsupported: the row does not divide into whole blocks, or the type is unknown.
     """
     named = _known(type)
-    block = int(library().ggml_blck_size(named))
+    block, size = BLOCKS[named]
     if columns <= 0 or columns % block:
         raise Unsupported(
             f"a row of {columns} weights cannot be {named.name}",
             f"{named.name} has blocks of {block} weights and rows hold whole blocks",
             "choose a type with a smaller block, or float16",
         )
-    return int(library().ggml_row_size(named, columns))
+    return columns // block * size
 
 
 def quantize_rows(
@@ -179,7 +201,7 @@ def _widen(type: Type, rows: UInt8) -> Float32:
 
 def _importance(type: int, imatrix: Float32 | None, columns: int) -> Float32 | None:
     if imatrix is None:
-        if library().ggml_quantize_requires_imatrix(type):
+        if type in NEEDS_IMPORTANCE:
             raise Unsupported(
                 f"{_known(type).name} needs an importance matrix",
                 "at so few bits ggml's kernel weighs every input",
@@ -227,7 +249,6 @@ def _declare(lib: ctypes.CDLL) -> None:
         ("ggml_type_name", ctypes.c_char_p, [number]),
         ("ggml_blck_size", wide, [number]),
         ("ggml_type_size", ctypes.c_size_t, [number]),
-        ("ggml_row_size", ctypes.c_size_t, [number, wide]),
         ("ggml_quantize_init", None, [number]),
         ("ggml_quantize_requires_imatrix", ctypes.c_bool, [number]),
         (
@@ -248,9 +269,11 @@ def _probe(lib: ctypes.CDLL) -> None:
     for known in Type:
         if lib.ggml_type_name(known).decode().upper() != known.name:
             raise _mismatch(f"its ggml type {int(known)} is not {known.name}")
-    for known, block in _BLOCKS.items():
+    for known, block in BLOCKS.items():
         if (lib.ggml_blck_size(known), lib.ggml_type_size(known)) != block:
             raise _mismatch(f"its blocks of {known.name} are not {block}")
+        if lib.ggml_quantize_requires_imatrix(known) != (known in NEEDS_IMPORTANCE):
+            raise _mismatch(f"whether {known.name} needs an importance matrix is not as known")
 
 
 def _mismatch(why: str) -> DependencyMissing:

@@ -12,10 +12,16 @@ from typing import Any
 
 from ..architectures import DecoderConfig, Kind, Weight, weights
 from ..errors import BadInput, UsageError
+from .blocks import ANY_GRIDS, BLOCK_GRIDS, AnyGrid, BlockGrid
+from .codes import CODES
+from .ggml import NEEDS_IMPORTANCE, Type
 from .grid import GRIDS, INT2_G64, INT4_G32, INT4_G32_SIGNED, INT8_ROW, Grid
+from .mixes import MIXES, held_type, wanted_type
 
 FLOAT = "float16"  # as a pattern's value: the weight stays float
-METHODS = ("rtn", "rtn-absmax", "gptq")  # rtn-absmax: rtn without the search for a scale
+# rtn-absmax: rtn without the search for a scale. imatrix: ggml's kernels with an importance matrix.
+METHODS = ("rtn", "rtn-absmax", "gptq", "imatrix")
+_INSTEAD = "instead of"
 _NO_PATTERNS: Mapping[str, str] = MappingProxyType({})
 
 
@@ -52,7 +58,7 @@ class Choice:
     """
 
     weight: Weight
-    grid: Grid | None
+    grid: AnyGrid | None
     method: str
     reason: str
 
@@ -78,7 +84,16 @@ class Plan:
     @property
     def calibrated(self) -> bool:
         """Whether a method needs calibration windows."""
-        return any(choice.method == "gptq" for choice in self.choices)
+        return self.uses("gptq") or self.uses("imatrix")
+
+    def uses(self, method: str) -> bool:
+        """Whether a weight is quantized by `method`."""
+        return any(choice.method == method for choice in self.choices)
+
+    @property
+    def fallbacks(self) -> dict[str, str]:
+        """{matrix that a mix could not give its own type: what it has instead, and why}."""
+        return {c.weight.name: c.reason for c in self.choices if _INSTEAD in c.reason}
 
     @property
     def parameters(self) -> int:
@@ -127,16 +142,23 @@ def make_plan(
     """Choose grid and method for every weight.
 
     Args:
-        preset: a key of PRESETS.
-        method: one of METHODS. Tables never use gptq: a table is looked up too, and calibrating it
-            as a head makes its lookups worse.
+        preset: a key of PRESETS, or one of llama.cpp's mixes.
+        method: one of METHODS. Tables use rtn in place of gptq or imatrix: a table is looked up
+            too, and calibrating it as a head makes its lookups worse. Linears of a ggml type whose
+            codes gptq cannot choose use imatrix in its place.
         patterns: shell-style pattern on the weight name -> grid name or "float16"; where several
             match, the last one decides.
 
     Raises:
-        UsageError: unknown preset, method or grid name; a pattern that matches no matrix.
+        UsageError: unknown preset, method or grid name; a pattern that matches no matrix; a method
+            that a grid does not have.
     """
-    chosen = _preset(preset)
+    if preset not in PRESETS and preset not in MIXES:
+        raise UsageError(
+            f"preset {preset!r} is not known",
+            f"the presets are {', '.join(PRESETS)}, and llama.cpp's {', '.join(MIXES)}",
+            "choose one of them, or set grids by pattern",
+        )
     if method not in METHODS:
         raise UsageError(
             f"method {method!r} is not known",
@@ -152,14 +174,40 @@ def make_plan(
                 f"patterns are compared with whole names such as {every[0].name}",
                 "correct the pattern; `slimport inspect --json` lists every name",
             )
-    choices = []
-    for weight in every:
-        grid = chosen.tables if weight.is_table else chosen.linears
-        reason = f"preset {preset}"
-        if chosen.promoted and _is_promoted(weight, config.layers):
-            grid, reason = chosen.promoted, f"preset {preset}: promoted"
-        choices.append(_choose(weight, grid, reason, method, grids))
-    return Plan(preset, tuple(choices))
+    return Plan(preset, tuple(_choose(w, config, preset, method, grids) for w in every))
+
+
+def _choose(
+    weight: Weight,
+    config: DecoderConfig,
+    preset: str,
+    method: str,
+    patterns: Mapping[str, AnyGrid | None],
+) -> Choice:
+    if not weight.is_matrix:
+        return Choice(weight, None, "", "a vector: stays float32")
+    matching = [pattern for pattern in patterns if fnmatchcase(weight.name, pattern)]
+    grid: AnyGrid | None
+    if matching:
+        grid, reason = patterns[matching[-1]], f"pattern {matching[-1]}"
+    elif preset in PRESETS:
+        grid, reason = _of_preset(preset, weight, config)
+    else:
+        grid, reason = _of_mix(preset, weight, config, weighted=method in ("gptq", "imatrix"))
+    if grid is None:
+        return Choice(weight, None, "", f"{reason}: stays {FLOAT}")
+    columns = weight.shape[1]
+    if not grid.fits(columns):
+        why = f"rows of {columns} do not divide into groups of {grid.group}"
+        return Choice(weight, None, "", f"{why}: stays {FLOAT}")
+    return Choice(weight, grid, _method(weight, grid, method), reason)
+
+
+def _of_preset(name: str, weight: Weight, config: DecoderConfig) -> tuple[Grid, str]:
+    preset, reason = PRESETS[name], f"preset {name}"
+    if preset.promoted and _is_promoted(weight, config.layers):
+        return preset.promoted, f"{reason}: promoted"
+    return preset.tables if weight.is_table else preset.linears, reason
 
 
 def _is_promoted(weight: Weight, layers: int) -> bool:
@@ -175,54 +223,63 @@ def _is_promoted(weight: Weight, layers: int) -> bool:
     return first or last or (weight.layer - eighth) % 3 == 2
 
 
-def _preset(name: str) -> Preset:
-    if name not in PRESETS:
+def _of_mix(
+    mix: str, weight: Weight, config: DecoderConfig, weighted: bool
+) -> tuple[BlockGrid | None, str]:
+    wanted = wanted_type(mix, weight, config, weighted)
+    columns = weight.shape[1]
+    held = held_type(wanted, columns)
+    reason = f"mix {mix}"
+    if held is not wanted:
+        reason += f": {held.name} {_INSTEAD} {wanted.name}, whose blocks do not divide {columns}"
+    return (None if held is Type.F16 else BlockGrid(held)), reason
+
+
+def _method(weight: Weight, grid: AnyGrid, method: str) -> str:
+    """`method`, or what takes its place for this weight."""
+    if not isinstance(grid, BlockGrid):
+        if method == "imatrix" and not weight.is_table:
+            raise UsageError(
+                f"{weight.name}: {grid.name} does not take method imatrix",
+                "an importance matrix is for ggml's kernels, and they write ggml's types only",
+                "give a ggml type such as --preset Q4_K_M, or choose --method gptq",
+            )
+        return "rtn" if weight.is_table and method in ("gptq", "imatrix") else method
+    if method == "rtn-absmax":
         raise UsageError(
-            f"preset {name!r} is not known",
-            f"the presets are {', '.join(PRESETS)}",
-            "choose one of them, or set grids by pattern",
+            f"{weight.name}: {grid.name} does not take rtn without its search",
+            "ggml's kernels search their scales in their own way",
+            "choose --method rtn",
         )
-    return PRESETS[name]
+    if weight.is_table:
+        method = "rtn"
+    elif method == "gptq" and grid.type not in CODES:
+        method = "imatrix"
+    if method == "rtn" and grid.type in NEEDS_IMPORTANCE:
+        raise UsageError(
+            f"{weight.name}: {grid.name} cannot be rounded without an importance matrix",
+            "a table has none" if weight.is_table else "method rtn has none",
+            "choose another type for it" if weight.is_table else "choose --method imatrix or gptq",
+        )
+    return method
 
 
-def _grid(pattern: str, name: str) -> Grid | None:
+def _grid(pattern: str, name: str) -> AnyGrid | None:
     if name == FLOAT:
         return None
-    if name not in GRIDS:
+    if name not in ANY_GRIDS:
         raise UsageError(
             f"grid {name!r} of pattern {pattern!r} is not known",
-            f"the grids are {', '.join(GRIDS)}, or {FLOAT} to leave a weight as it is",
+            f"the grids are {', '.join(GRIDS)}, ggml's {', '.join(BLOCK_GRIDS)}, or {FLOAT} to"
+            " leave a weight as it is",
             "choose one of them",
         )
-    return GRIDS[name]
-
-
-def _choose(
-    weight: Weight,
-    grid: Grid | None,
-    reason: str,
-    method: str,
-    patterns: Mapping[str, Grid | None],
-) -> Choice:
-    if not weight.is_matrix:
-        return Choice(weight, None, "", "a vector: stays float32")
-    for pattern, wanted in patterns.items():
-        if fnmatchcase(weight.name, pattern):
-            grid, reason = wanted, f"pattern {pattern}"
-    if grid is None:
-        return Choice(weight, None, "", f"{reason}: stays {FLOAT}")
-    columns = weight.shape[1]
-    if not grid.fits(columns):
-        why = f"rows of {columns} do not divide into groups of {grid.group}"
-        return Choice(weight, None, "", f"{why}: stays {FLOAT}")
-    if weight.is_table and method == "gptq":
-        method = "rtn"
-    return Choice(weight, grid, method, reason)
+    return ANY_GRIDS[name]
 
 
 def _read(weight: Weight, entry: Mapping[str, Any]) -> Choice:
     name, method = entry["grid"], str(entry["method"])
-    grid = None if name is None else GRIDS[name]
+    grid = None if name is None else ANY_GRIDS[name]
     if grid is not None and not (weight.is_matrix and grid.fits(weight.shape[1])):
         raise ValueError(f"{weight.name} of shape {weight.shape} cannot be on {name}")
     if method not in (METHODS if grid else ("",)):

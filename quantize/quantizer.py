@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -22,9 +22,12 @@ import numpy as np
 from ..architectures import DecoderConfig, decoder_config
 from ..checkpoint import Weights
 from ..errors import Unsupported, UsageError
+from . import blocks as ggml_blocks
 from . import store
+from .blocks import BlockGrid, BlockTensor, Quantized
 from .compiled import compiled
 from .grid import SCALE_CEILING, SCALE_FLOOR, Float32, Grid, Int8
+from .imatrix import Imatrix
 from .methods import rtn
 from .packing import UInt8, pack
 from .plan import FLOAT, Choice, Plan
@@ -33,6 +36,8 @@ from .tensor import QuantizedTensor, start_digest
 from .windows import Windows
 
 Progress = Callable[[str, int, int], None]
+
+Importance = Mapping[str, Float32]
 
 _BLOCK = 1 << 20  # weights in one block of rows: 4 MB as float32
 _ADDED_LIMIT = 0.01  # relative RMSE that the floor of the scales may add
@@ -45,7 +50,7 @@ def quantize(
     plan: Plan,
     folder: Path,
     *,
-    calibration: Windows | None,
+    calibration: Windows | Imatrix | None,
     tokenizer_folder: Path,
     progress: Progress,
     origin: Callable[[], Origin] = Origin,
@@ -57,13 +62,15 @@ def quantize(
     Args:
         weights: full precision, adapters merged; `rows` is called from several threads.
         config: config.json of these weights.
-        calibration: windows for calibrated methods; not used without one.
+        calibration: windows for calibrated methods, or for method imatrix alone an importance
+            matrix; not used without one.
         tokenizer_folder: where tokenizer and licence files are copied from.
         progress: called with (stage, weights done, weights in all).
         origin: called when the weights are done, so that hashing the base may go on meanwhile.
 
     Raises:
-        UsageError: a calibrated method without windows, or `folder` holds something else.
+        UsageError: a calibrated method without windows, gptq with an importance matrix in their
+            place, or `folder` holds something else.
         Unsupported: scales of a weight are outside of what every container holds.
         EnvironmentFailed: the disk is full or read-only.
     """
@@ -71,12 +78,19 @@ def quantize(
         calibration = None
     elif calibration is None:
         raise UsageError(
-            "method gptq has no calibration windows",
+            "a calibrated method has no calibration windows",
             "it chooses codes by what the layers receive for real text",
             "give a text with --calibration FILE, or choose --method rtn",
         )
+    elif isinstance(calibration, Imatrix) and plan.uses("gptq"):
+        raise UsageError(
+            "method gptq cannot start from an importance matrix",
+            "it needs how inputs vary together, and the matrix holds their squares only",
+            "choose --method imatrix, or leave --imatrix away",
+        )
     with store.filling(folder), ThreadPoolExecutor(_threads()) as pool:
-        blocks = _blocks(weights, decoder_config(config), plan, calibration, pool)
+        decoder = decoder_config(config)
+        blocks = _blocks(weights, decoder, plan, calibration, pool, progress)
         with closing(blocks):
             records = _write(blocks, plan, folder, progress)
         digest = calibration.digest if calibration else None
@@ -86,7 +100,7 @@ def quantize(
 
 
 def restore(
-    tensors: Iterable[tuple[str, QuantizedTensor | Float32]],
+    tensors: Iterable[tuple[str, Quantized | Float32]],
     config: dict[str, Any],
     plan: Plan,
     folder: Path,
@@ -111,14 +125,18 @@ def restore(
     return QuantizedCheckpoint.open(folder)
 
 
-def _restored(tensors: Iterable[tuple[str, QuantizedTensor | Float32]]) -> Iterator[_Block]:
+def _restored(tensors: Iterable[tuple[str, Quantized | Float32]]) -> Iterator[_Block]:
     for name, tensor in tensors:
-        if isinstance(tensor, QuantizedTensor):
+        if isinstance(tensor, BlockTensor):
+            blocks = np.ascontiguousarray(tensor.blocks)
+            yield _Block(name, math.prod(tensor.shape), blocks, blocks)
+        elif isinstance(tensor, QuantizedTensor):
             codes = np.ascontiguousarray(tensor.codes)
-            yield _Block(name, codes, pack(codes, tensor.grid.bits), tensor.scale)
+            packed = pack(codes, tensor.grid.bits)
+            yield _Block(name, codes.size, codes, packed, tensor.scale)
         else:
             values = np.ascontiguousarray(tensor, "<f4")
-            yield _Block(name, values, values)
+            yield _Block(name, values.size, values, values)
 
 
 def _threads() -> int:
@@ -131,7 +149,8 @@ class _Block:
     """Some rows of a weight, done.
 
     Attributes:
-        values: int8 codes, or float32 values of a weight without a grid.
+        weights: how many.
+        values: int8 codes, ggml's blocks, or float32 values of a weight without a grid.
         stored: the same as they are written.
         scale: of codes.
         error, norm: sums of squares, of the error and of the weights.
@@ -139,7 +158,8 @@ class _Block:
     """
 
     name: str
-    values: Int8 | Float32
+    weights: int
+    values: Int8 | UInt8 | Float32
     stored: UInt8 | Float32
     scale: Float32 | None = None
     error: float = 0.0
@@ -151,67 +171,106 @@ def _blocks(
     weights: Weights,
     config: DecoderConfig,
     plan: Plan,
-    windows: Windows | None,
+    calibration: Windows | Imatrix | None,
     pool: ThreadPoolExecutor,
+    progress: Progress,
 ) -> Generator[_Block, None, None]:
     """All blocks in the order of the plan."""
-    if windows is None:
-        yield from _by_rows(weights, plan.choices, pool)
+    if isinstance(calibration, Windows) and plan.uses("gptq"):
+        yield from _by_layers(weights, config, plan, calibration, pool)
         return
-    from .calibration import layer_statistics, same_threads  # torch is loaded only to calibrate
+    importance: Importance = {}
+    if isinstance(calibration, Imatrix):
+        importance = calibration.importance
+    elif calibration is not None:
+        from .calibration import importance as measure  # torch is loaded only to calibrate
+
+        importance = measure(weights, config, calibration, progress)
+    yield from _by_rows(weights, plan.choices, pool, importance)
+
+
+def _by_layers(
+    weights: Weights,
+    config: DecoderConfig,
+    plan: Plan,
+    windows: Windows,
+    pool: ThreadPoolExecutor,
+) -> Generator[_Block, None, None]:
+    """Layers in order, each calibrated on what the quantized ones before it give."""
+    from .calibration import layer_statistics, same_threads
     from .methods import gptq
 
     with same_threads(), closing(layer_statistics(weights, config, windows)) as stream:
         solved: dict[str, Float32] | None = None
         for shard in store.shards(plan):
             if shard[0].weight.layer is None:
-                yield from _by_rows(weights, shard, pool)
+                yield from _by_rows(weights, shard, pool, {})
                 continue
             _, statistics = next(stream) if solved is None else stream.send(solved)
             solved = {}
             for choice in shard:
                 name, grid = choice.weight.name, choice.grid
-                if choice.method != "gptq" or grid is None:
-                    yield from _by_rows(weights, (choice,), pool)
+                if grid is None:
+                    yield from _by_rows(weights, (choice,), pool, {})
                     continue
                 values = weights.rows(name)
-                tensor = gptq.solve(values, grid, *statistics[name])
+                if choice.method == "gptq":
+                    tensor = gptq.solve(values, grid, *statistics[name])
+                else:
+                    diagonal = np.ascontiguousarray(statistics[name].hessian.diagonal())
+                    tensor = _rounded(values, choice, diagonal)
                 solved[name] = tensor.dequantize()
                 yield _quantized_block(name, values, tensor)
 
 
 def _by_rows(
-    weights: Weights, choices: Iterable[Choice], pool: ThreadPoolExecutor
+    weights: Weights, choices: Iterable[Choice], pool: ThreadPoolExecutor, importance: Importance
 ) -> Iterator[_Block]:
     """Blocks of rows in order, solved a few ahead in threads."""
     waiting: deque[Future[_Block]] = deque()
     for choice in choices:
         rows, *rest = choice.weight.shape
         step = max(1, _BLOCK // math.prod(rest))
+        weighed = importance.get(choice.weight.name)
         for start in range(0, rows, step):
-            waiting.append(pool.submit(_solve_rows, weights, choice, start, start + step))
+            waiting.append(pool.submit(_solve_rows, weights, choice, weighed, start, start + step))
             if len(waiting) > _threads():
                 yield waiting.popleft().result()
     while waiting:
         yield waiting.popleft().result()
 
 
-def _solve_rows(weights: Weights, choice: Choice, start: int, stop: int) -> _Block:
+def _solve_rows(
+    weights: Weights, choice: Choice, importance: Float32 | None, start: int, stop: int
+) -> _Block:
     name = choice.weight.name
     values = weights.rows(name, start, stop)
     if choice.grid is None:
         values = np.ascontiguousarray(values, "<f4")
-        return _Block(name, values, values)
-    tensor = rtn.solve(values, choice.grid, search=choice.method != "rtn-absmax")
-    return _quantized_block(name, values, tensor)
+        return _Block(name, values.size, values, values)
+    return _quantized_block(name, values, _rounded(values, choice, importance))
 
 
-def _quantized_block(name: str, values: Float32, tensor: QuantizedTensor) -> _Block:
+def _rounded(values: Float32, choice: Choice, importance: Float32 | None) -> Quantized:
+    """By a method that knows nothing of other rows."""
+    assert choice.grid is not None
+    if isinstance(choice.grid, BlockGrid):
+        weighed = importance if choice.method == "imatrix" else None
+        return ggml_blocks.solve(values, choice.grid, weighed)
+    return rtn.solve(values, choice.grid, search=choice.method != "rtn-absmax")
+
+
+def _quantized_block(name: str, values: Float32, tensor: Quantized) -> _Block:
+    values = np.ascontiguousarray(values)
+    if isinstance(tensor, BlockTensor):
+        error, norm = _squared(values - tensor.dequantize()), _squared(values)
+        return _Block(name, values.size, tensor.blocks, tensor.blocks, None, error, norm)
     codes, scale = tensor.codes, tensor.scale
-    table = np.ascontiguousarray(values).reshape(scale.size, -1)
+    table = values.reshape(scale.size, -1)
     error, norm = _squares(table, codes.reshape(table.shape), scale.reshape(-1))
     added = _added_by_limits(table, scale.reshape(-1), tensor.grid)
-    return _Block(name, codes, pack(codes, tensor.grid.bits), scale, error, norm, added)
+    stored = pack(codes, tensor.grid.bits)
+    return _Block(name, values.size, codes, stored, scale, error, norm, added)
 
 
 def _added_by_limits(table: Float32, scale: Float32, grid: Grid) -> float:
@@ -260,6 +319,20 @@ def _squares(table: Float32, codes: Int8, scale: Float32) -> tuple[float, float]
     return error.sum(), norm.sum()
 
 
+@compiled
+def _squared(values: Float32) -> float:
+    """Sum of squares of a matrix, in lanes."""
+    total = np.zeros(_LANES)
+    flat = values.reshape(-1)
+    whole = flat.size - flat.size % _LANES
+    for first in range(0, whole, _LANES):
+        for lane in range(_LANES):
+            total[lane] += flat[first + lane] * flat[first + lane]
+    for j in range(whole, flat.size):
+        total[j - whole] += flat[j] * flat[j]
+    return float(total.sum())
+
+
 def _write(
     blocks: Iterator[_Block], plan: Plan, folder: Path, progress: Progress
 ) -> dict[str, Record]:
@@ -271,7 +344,7 @@ def _write(
         nonlocal done
         for block in blocks:
             yield block
-            done += block.values.size
+            done += block.weights
             progress("quantize", done, total)
 
     by_weight = groupby(counted(), lambda block: block.name)
@@ -300,15 +373,22 @@ def _write_weight(choice: Choice, blocks: Iterable[_Block], append: store.Append
             scales.append(block.scale)
     if grid is None:
         return Record(digest.hexdigest())
-    scale = np.concatenate(scales)
-    append(scale.astype("<f2").data)
-    digest.update(scale.astype("<f4").data)
+    if scales:
+        scale = np.concatenate(scales)
+        append(scale.astype("<f2").data)
+        digest.update(scale.astype("<f4").data)
     relative = math.sqrt(error / norm) if norm else 0.0
     without = math.sqrt(max(error - added, 0.0) / norm) if norm else 0.0
     return _checked(weight.name, Record(digest.hexdigest(), relative, relative - without))
 
 
 def _checked(name: str, record: Record) -> Record:
+    if not math.isfinite(record.error):
+        raise Unsupported(
+            f"{name}: ggml's kernel made weights of it that are no numbers",
+            "its values or their importance are beyond what the kernel's float32 sums hold",
+            f'leave it as it is: "{name}" = "{FLOAT}"',
+        )
     if record.added <= _ADDED_LIMIT:
         return record
     raise Unsupported(

@@ -1,8 +1,9 @@
 """The quantized checkpoint on disk: safetensors shards and quantization.json.
 
 A shard per decoder layer, `model-00001-of-00024.safetensors`; in it `<weight>.codes` (packing.py)
-and `<weight>.scale` (float16, exact: a scale has 8 significant bits), and float weights as
-float32 under their own names. Config, tokenizer and licence files lie beside them.
+and `<weight>.scale` (float16, exact: a scale has 8 significant bits), or `<weight>.blocks` of a
+ggml type, and float weights as float32 under their own names. Config, tokenizer and licence files
+lie beside them.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from .. import bundle
 from ..architectures import DecoderConfig, decoder_config
 from ..checkpoint import LICENSES, TOKENIZER_FILES, read_json
 from ..errors import BadInput, EnvironmentFailed, UsageError
+from .blocks import BlockGrid, BlockTensor, Quantized
 from .grid import Float32
 from .packing import row_bytes, unpack
 from .plan import Choice, Plan
@@ -152,14 +154,14 @@ class QuantizedCheckpoint:
     def shape(self, name: str) -> tuple[int, ...]:
         return self.plan[name].weight.shape
 
-    def load(self, name: str) -> QuantizedTensor | Float32:
-        """One weight: codes and scales, or float32 values where it has no grid."""
+    def load(self, name: str) -> Quantized | Float32:
+        """One weight: codes and scales, ggml's blocks, or float32 values where it has no grid."""
         return self._read(name, 0, None)
 
     def rows(self, name: str, start: int = 0, stop: int | None = None) -> Float32:
         """Rows [start:stop) of a weight, dequantized: float32."""
         block = self._read(name, start, stop)
-        return block.dequantize() if isinstance(block, QuantizedTensor) else block
+        return block if isinstance(block, np.ndarray) else block.dequantize()
 
     def verify(self) -> None:
         """Hash every weight.
@@ -169,10 +171,10 @@ class QuantizedCheckpoint:
         """
         for name, record in self.records.items():
             weight = self.load(name)
-            if isinstance(weight, QuantizedTensor):
-                found = weight.digest(name)
-            else:
+            if isinstance(weight, np.ndarray):
                 found = float_digest(name, weight)
+            else:
+                found = weight.digest(name)
             if found != record.digest:
                 raise _malformed(self.folder, f"{name} was changed after it was quantized")
 
@@ -180,7 +182,7 @@ class QuantizedCheckpoint:
         chosen = (c.weight.name for c in self.plan.choices if (c.grid is not None) == quantized)
         return {name: self.records[name].digest for name in chosen}
 
-    def _read(self, name: str, start: int, stop: int | None) -> QuantizedTensor | Float32:
+    def _read(self, name: str, start: int, stop: int | None) -> Quantized | Float32:
         choice = self.plan[name]
         rows = slice(*slice(start, stop).indices(choice.weight.shape[0])[:2])
         try:
@@ -188,6 +190,9 @@ class QuantizedCheckpoint:
                 if choice.grid is None:
                     values: Float32 = file.get_slice(name)[rows]
                     return values
+                if isinstance(choice.grid, BlockGrid):
+                    blocks = file.get_slice(f"{name}.blocks")[rows]
+                    return BlockTensor(choice.grid, blocks)
                 packed = file.get_slice(f"{name}.codes")[rows]
                 scale = file.get_slice(f"{name}.scale")[rows]
         except (SafetensorError, OSError) as error:
@@ -255,7 +260,7 @@ def writing(folder: Path) -> Iterator[None]:
 def open_shard(folder: Path, index: int, count: int, shard: Shard) -> Iterator[Append]:
     """Shard `index` (from 0) of `count`, its header written; yields a function that appends.
 
-    Append, weight by weight, the packed codes and then the scales, or the float values.
+    Append, weight by weight, the packed codes and then the scales, the blocks, or the float values.
     """
     path = folder / f"model-{index + 1:05d}-of-{count:05d}.safetensors"
     with writing(folder):
@@ -327,6 +332,8 @@ def _tensors(choice: Choice) -> dict[str, tuple[str, list[int]]]:
     if grid is None:
         return {weight.name: ("F32", [*weight.shape])}
     rows, columns = weight.shape
+    if isinstance(grid, BlockGrid):
+        return {f"{weight.name}.blocks": ("U8", [rows, grid.bytes_of((1, columns))])}
     return {
         f"{weight.name}.codes": ("U8", [rows, row_bytes(columns, grid.bits)]),
         f"{weight.name}.scale": ("F16", [rows, grid.groups(columns)]),

@@ -43,6 +43,7 @@ class Forecast:
     Attributes:
         grids: weights and bytes by grid and method.
         floats: {matrix that keeps float16: why}.
+        fallbacks: {matrix that a mix of llama.cpp could not give its own type: what it gets}.
         memory: peak anonymous memory of the export itself, without validation's child processes.
         disk: all files at once, temporary ones included.
         free_disk: of the output's file system.
@@ -51,6 +52,7 @@ class Forecast:
     model: str
     grids: list[dict[str, Any]]
     floats: Mapping[str, str]
+    fallbacks: Mapping[str, str]
     jobs: list[JobForecast]
     memory: int
     disk: int
@@ -86,6 +88,7 @@ def forecast(recipe: Recipe, *, offline: bool = False) -> Forecast:
             for choice in plan.choices
             if choice.weight.is_matrix and choice.grid is None
         },
+        fallbacks=plan.fallbacks,
         jobs=jobs,
         memory=_memory(plan),
         disk=model_bytes

@@ -86,11 +86,17 @@ def plan_of(recipe: Recipe, source: Source) -> Plan:
         UsageError: an unknown name, or a setting that this method does not have.
     """
     method = recipe.quantize.method
+    if recipe.quantize.imatrix is not None and method != "imatrix":
+        raise UsageError(
+            f"an importance matrix has no effect with method {method}",
+            "only ggml's kernels read one; gptq also needs how inputs vary together",
+            "add --method imatrix, or leave --imatrix away",
+        )
     if not recipe.quantize.search:
-        if method == "gptq":
+        if method != "rtn":
             raise UsageError(
-                "search = false has no effect with method gptq",
-                "gptq and its tables always search their scales",
+                f"search = false has no effect with method {method}",
+                "only rtn can leave the search for its scales away",
                 'remove it, or take method = "rtn"',
             )
         method = "rtn-absmax"

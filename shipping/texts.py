@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import BadInput, UsageError
+from ..quantize import imatrix
+from ..quantize.imatrix import Imatrix
 from ..quantize.windows import Windows, read_text, token_windows, windows_of
 from ..recipe import Recipe
 from ..tokenizer.tokenizer import Tokenizer
@@ -27,14 +29,14 @@ class Texts:
     """What an export is calibrated and judged on.
 
     Attributes:
-        calibration: None where nothing is calibrated.
+        calibration: windows of text, or an importance matrix; None where nothing is calibrated.
         judged: "held_out" and, if there is one, "out_of_distribution".
         origins: what each is: a file's name, or SAMPLED.
         files: the files that were read, for their licences.
         prompts: {what the reader sees: ids} for golden tokens and samples.
     """
 
-    calibration: Windows | None
+    calibration: Windows | Imatrix | None
     judged: Mapping[str, Windows]
     origins: Mapping[str, str]
     files: list[Path]
@@ -52,8 +54,11 @@ def read_texts(
     given = recipe.texts
     context = source.decoder.context_length
     origins: dict[str, str] = {}
-    calibration = None
-    if calibrate:
+    calibration: Windows | Imatrix | None = None
+    if calibrate and recipe.quantize.imatrix is not None:
+        calibration = imatrix.read(recipe.quantize.imatrix, source.decoder)
+        origins["calibration"] = recipe.quantize.imatrix.name
+    elif calibrate:
         length = min(recipe.quantize.calibration_length, context)
         count = recipe.quantize.calibration_windows
         origins["calibration"] = given.calibration.name if given.calibration else SAMPLED

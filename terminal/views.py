@@ -118,7 +118,7 @@ def forecast(found: Forecast) -> None:
     )
     if found.disk > found.free_disk:
         print("Not enough free disk: free some, or give another --output.")
-    for name, reason in found.floats.items():
+    for name, reason in {**found.fallbacks, **found.floats}.items():
         print(f"{name}: {reason}")
 
 

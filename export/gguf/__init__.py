@@ -11,10 +11,10 @@ import numpy.typing as npt
 
 from ...adapters.adapter import Adapter
 from ...architectures import DecoderConfig
+from ...quantize.blocks import Quantized
 from ...quantize.grid import Float32
 from ...quantize.plan import Plan
 from ...quantize.store import QuantizedCheckpoint
-from ...quantize.tensor import QuantizedTensor
 from ...tokenizer.tokenizer import Tokenizer
 from ..container import ReadBack
 from . import compare, layout, reader
@@ -77,7 +77,7 @@ def write(model: QuantizedCheckpoint, tokenizer: Tokenizer, folder: Path) -> lis
 
 def read_back(
     folder: Path, config: DecoderConfig, grids: Mapping[str, str]
-) -> Iterator[tuple[str, QuantizedTensor | Float32]]:
+) -> Iterator[tuple[str, Quantized | Float32]]:
     """Every weight of the finished file, by a reader that shares no code with the packer."""
     return reader.read_back(folder / FILE, config, grids)
 
@@ -105,7 +105,7 @@ def _header(
 ) -> tuple[dict[str, Value], list[TensorInfo]]:
     infos = layout.tensor_infos(config, plan)
     vocabulary = vocabulary_metadata(tokenizer, config.vocab_size)
-    return model_metadata(config, name, infos) | vocabulary, infos
+    return model_metadata(config, name, plan, infos) | vocabulary, infos
 
 
 def _data(
@@ -116,11 +116,11 @@ def _data(
     for choice, info in zip(model.plan.choices, infos, strict=False):
         tensor = model.load(choice.weight.name)
         order = row_order(choice.weight, config)
-        if isinstance(tensor, QuantizedTensor):
+        if not isinstance(tensor, np.ndarray):
             yield packed_rows(tensor, order)
-        else:
-            if choice.weight.is_norm:
-                tensor = tensor + np.float32(config.family.norm_offset)
-            yield [float_bytes(info, tensor, order)]
+            continue
+        if choice.weight.is_norm:
+            tensor = tensor + np.float32(config.family.norm_offset)
+        yield [float_bytes(info, tensor, order)]
     for values in rope_tensors(config.rope, config.head_dim).values():
         yield [values]

@@ -6,10 +6,11 @@ import math
 
 from ...architectures import DecoderConfig
 from ...errors import Unsupported
-from ...quantize.ggml import Type
+from ...quantize.blocks import AnyGrid, BlockGrid
+from ...quantize.ggml import BLOCKS, Type
 from ...quantize.plan import Choice, Plan
 from .metadata import full_period, rope_tensors
-from .packing import BLOCKS, TYPES
+from .packing import TYPES
 from .writer import TensorInfo
 
 FLOAT_MATRIX, FLOAT_VECTOR = Type.F16, Type.F32  # llama.cpp wants norms and biases in F32
@@ -30,22 +31,28 @@ def tensor_infos(config: DecoderConfig, plan: Plan) -> list[TensorInfo]:
 def _info(choice: Choice) -> TensorInfo:
     weight = choice.weight
     if choice.grid is None:
-        kind = FLOAT_MATRIX if weight.is_matrix else FLOAT_VECTOR
-        return TensorInfo(weight.gguf, weight.shape, kind)
-    if choice.grid.name not in TYPES:
+        return TensorInfo(
+            weight.gguf, weight.shape, FLOAT_MATRIX if weight.is_matrix else FLOAT_VECTOR
+        )
+    kind = ggml_type(choice.grid)
+    if kind is None:
         raise Unsupported(
             f"{weight.name}: GGUF cannot hold the grid {choice.grid.name}",
-            f"no ggml type means the same; GGUF holds {', '.join(TYPES)} exactly",
+            f"no ggml type means the same; GGUF holds {', '.join(TYPES)} and ggml's own exactly",
             f'give it one of these grids: "{weight.name}" = "int8-g32"',
         )
-    kind = TYPES[choice.grid.name]
-    if weight.shape[1] % BLOCKS[kind]:
+    if weight.shape[1] % BLOCKS[kind][0]:
         raise Unsupported(
             f"{weight.name}: GGUF cannot hold {choice.grid.name} rows of {weight.shape[1]} inputs",
-            f"ggml's blocks hold {BLOCKS[kind]} weights each, and a row holds whole blocks",
+            f"ggml's blocks hold {BLOCKS[kind][0]} weights each, and a row holds whole blocks",
             f'leave it in float16: "{weight.name}" = "float16"',
         )
     return TensorInfo(weight.gguf, weight.shape, kind)
+
+
+def ggml_type(grid: AnyGrid) -> Type | None:
+    """The type that holds a grid exactly, if there is one."""
+    return grid.type if isinstance(grid, BlockGrid) else TYPES.get(grid.name)
 
 
 def _refuse_graph(config: DecoderConfig) -> None:

@@ -12,26 +12,22 @@ from gguf import LlamaFileType
 from ...architectures import DecoderConfig, Rope
 from ...quantize.ggml import Type
 from ...quantize.grid import Float32
+from ...quantize.mixes import MIXES
+from ...quantize.plan import Plan
 from .writer import TensorInfo, Value
 
 QUANTIZATION_VERSION = 2
-_FILE_TYPES = {
-    Type.F32: LlamaFileType.ALL_F32,
-    Type.F16: LlamaFileType.MOSTLY_F16,
-    Type.Q4_0: LlamaFileType.MOSTLY_Q4_0,
-    Type.Q8_0: LlamaFileType.MOSTLY_Q8_0,
-    Type.TQ2_0: LlamaFileType.MOSTLY_TQ2_0,
-    Type.Q2_0: LlamaFileType.GUESSED,  # gguf-py has no name for it yet
-}
 
 
-def model_metadata(config: DecoderConfig, name: str, tensors: list[TensorInfo]) -> dict[str, Value]:
+def model_metadata(
+    config: DecoderConfig, name: str, plan: Plan, tensors: list[TensorInfo]
+) -> dict[str, Value]:
     """Keys of the model; `name` is for people and never a path."""
     values: dict[str, Value] = {
         "general.architecture": config.family.gguf,
         "general.type": "model",
         "general.quantization_version": QUANTIZATION_VERSION,
-        "general.file_type": int(_file_type(tensors)),
+        "general.file_type": int(_file_type(plan, tensors)),
     }
     # llama.cpp strips spaces around special tokens of any model with this in its name.
     if not any(mark in name.lower() for mark in ("phi3", "phi-3")):
@@ -127,9 +123,14 @@ def rope_factors(rope: Rope, head_dim: int) -> Float32:
     return factors
 
 
-def _file_type(tensors: list[TensorInfo]) -> LlamaFileType:
-    """Named after the type of most weights."""
-    weights: Counter[Type] = Counter()
-    for info in tensors:
-        weights[info.type] += math.prod(info.shape)
-    return _FILE_TYPES[weights.most_common(1)[0][0]]
+def _file_type(plan: Plan, tensors: list[TensorInfo]) -> LlamaFileType:
+    """The mix, or else the type of most weights; gguf-py does not name every type."""
+    named = LlamaFileType.__members__
+    if plan.preset in MIXES:
+        main = plan.preset
+    else:
+        weights: Counter[Type] = Counter()
+        for info in tensors:
+            weights[info.type] += math.prod(info.shape)
+        main = weights.most_common(1)[0][0].name
+    return named.get(f"MOSTLY_{main}", named.get(f"ALL_{main}", LlamaFileType.GUESSED))

@@ -17,8 +17,9 @@ import numpy.typing as npt
 
 from ...architectures import DecoderConfig, Kind, Weight
 from ...errors import Unsupported
+from ...quantize.blocks import BlockTensor, Quantized
 from ...quantize.compiled import compiled
-from ...quantize.ggml import Type
+from ...quantize.ggml import BLOCKS, Type
 from ...quantize.grid import Float32, Int8
 from ...quantize.packing import join_pairs_of_bits
 from ...quantize.tensor import QuantizedTensor
@@ -30,7 +31,6 @@ UInt64 = npt.NDArray[np.uint64]
 Index = npt.NDArray[np.int64]
 
 FP16_MAX = 65504
-BLOCKS = {Type.Q4_0: 32, Type.Q8_0: 32, Type.Q2_0: 64, Type.TQ2_0: 256}  # weights of one scale
 TYPES = {
     "int4-g32": Type.Q4_0,
     "int4-g32-signed": Type.Q4_0,
@@ -50,7 +50,7 @@ def pack(tensor: QuantizedTensor) -> UInt8:
     """
     rows, columns = tensor.shape
     kind = TYPES[tensor.grid.name]
-    size = BLOCKS[kind]
+    size = BLOCKS[kind][0]
     blocks = columns // size
     if columns % size:
         raise _not_blocks(columns, kind)
@@ -67,13 +67,11 @@ def pack(tensor: QuantizedTensor) -> UInt8:
     return packed.view(np.uint8).reshape(rows, -1)
 
 
-def packed_rows(
-    tensor: QuantizedTensor, order: Index | None = None, threads: int = 2
-) -> Iterator[UInt8]:
-    """`pack`, some rows at a time and `threads` of these at once.
+def packed_rows(tensor: Quantized, order: Index | None = None, threads: int = 2) -> Iterator[UInt8]:
+    """`pack`, some rows at a time and `threads` of these at once; ggml's blocks as they are.
 
     Args:
-        tensor: codes (rows, columns), columns divisible by 32.
+        tensor: (rows, columns), columns divisible by the type's block.
         order: the source row that each row of the file holds; None keeps the order.
         threads: the bytes do not depend on it.
     """
@@ -83,6 +81,8 @@ def packed_rows(
     def chunk(start: int) -> UInt8:
         part = slice(start, start + step)
         taken = part if order is None else order[part]
+        if isinstance(tensor, BlockTensor):
+            return np.ascontiguousarray(tensor.blocks[taken])
         return pack(QuantizedTensor(tensor.grid, tensor.codes[taken], tensor.scale[taken]))
 
     with ThreadPoolExecutor(threads) as pool:
@@ -134,8 +134,8 @@ def _exact_half(scale: Float32) -> UInt16:
 
 def _not_blocks(columns: int, kind: Type) -> Unsupported:
     return Unsupported(
-        f"rows of {columns} codes do not divide into blocks of {BLOCKS[kind]}",
-        f"{kind.name} shares one scale among {BLOCKS[kind]} weights of a row",
+        f"rows of {columns} codes do not divide into blocks of {BLOCKS[kind][0]}",
+        f"{kind.name} shares one scale among {BLOCKS[kind][0]} weights of a row",
         "leave this weight in float16",
     )
 

@@ -1,8 +1,8 @@
 """An independent GGUF reader: a file back to codes, scales and source names.
 
 Shares no code with packing.py or writer.py and does not use gguf's reader, so a mistake in either
-cannot hide here. Every length is checked against the file before it is used: a hostile file is
-BadInput, never a crash or a large allocation.
+cannot hide here; the sizes of blocks are gguf's. Every length is checked against the file before
+it is used: a hostile file is BadInput, never a crash or a large allocation.
 """
 
 from __future__ import annotations
@@ -17,9 +17,11 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from gguf import GGML_QUANT_SIZES
 
 from ...architectures import DecoderConfig, Kind, Weight, weights
 from ...errors import BadInput
+from ...quantize.blocks import BLOCK_GRIDS, BlockTensor, Quantized
 from ...quantize.compiled import compiled
 from ...quantize.ggml import Type
 from ...quantize.grid import GRIDS, Float32, Grid
@@ -32,11 +34,8 @@ UInt64 = npt.NDArray[np.uint64]
 # (weights, bytes) of a block
 _BLOCKS = {
     Type.F32: (1, 4),
-    Type.F16: (1, 2),
-    Type.Q4_0: (32, 18),
-    Type.Q8_0: (32, 34),
     Type.Q2_0: (64, 18),
-    Type.TQ2_0: (256, 66),
+    **{Type[kind.name]: n for kind, n in GGML_QUANT_SIZES.items() if kind.name in Type.__members__},
 }
 _GRID_TYPES = {
     "int4-g32": Type.Q4_0,
@@ -108,7 +107,7 @@ def open_gguf(path: Path) -> GGUF:
 
 def read_back(
     path: Path, config: DecoderConfig, grids: Mapping[str, str]
-) -> Iterator[tuple[str, QuantizedTensor | Float32]]:
+) -> Iterator[tuple[str, Quantized | Float32]]:
     """Every weight of a finished file, under its source name and in source row order.
 
     Args:
@@ -145,12 +144,15 @@ def matched(file: GGUF, config: DecoderConfig) -> list[tuple[Weight, Stored]]:
 
 def unpack(
     path: Path, stored: Stored, weight: Weight, config: DecoderConfig, grid: str | None
-) -> QuantizedTensor | Float32:
+) -> Quantized | Float32:
     """One tensor in source row order: on its grid, or float32 where `grid` is None.
 
     A norm is as it stands in the file, with the family's offset in it.
     """
-    expected = {_GRID_TYPES.get(grid)} if grid else {Type.F32, Type.F16}
+    block_grid = BLOCK_GRIDS.get(grid or "")
+    expected: set[Type | None] = {Type.F32, Type.F16}
+    if grid is not None:
+        expected = {block_grid.type if block_grid else _GRID_TYPES.get(grid)}
     if stored.type not in expected:
         raise _broken(
             path, f"{stored.name} is {stored.type.name}, which does not hold {grid or 'float'}"
@@ -161,6 +163,10 @@ def unpack(
         restored = np.empty_like(values.reshape(stored.shape))
         restored[rows] = values.reshape(stored.shape)
         return restored
+    if block_grid is not None:
+        blocks = np.empty_like(stored.rows)
+        blocks[rows] = stored.rows
+        return BlockTensor(block_grid, blocks)
     return unpack_rows(path, stored, rows, GRIDS[grid])
 
 

@@ -16,10 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy.typing as npt
-from gguf import GGML_QUANT_SIZES
 from gguf import GGUFValueType as ValueType
 
-from ...quantize.ggml import Type
+from ...quantize.ggml import BLOCKS, Type
 
 VERSION = 3
 ALIGNMENT = 32
@@ -27,7 +26,6 @@ ALIGNMENT = 32
 # int is u32, a list is an array of strings, and an array one of its own type.
 Value = bool | int | float | str | list[str] | npt.NDArray[Any]
 
-_BLOCKS = {int(kind): sizes for kind, sizes in GGML_QUANT_SIZES.items()} | {Type.Q2_0: (64, 18)}
 _ELEMENTS = {"|u1": ValueType.UINT8, "<i4": ValueType.INT32, "<f4": ValueType.FLOAT32}
 
 
@@ -47,7 +45,7 @@ class TensorInfo:
 
     @property
     def nbytes(self) -> int:
-        weights, size = _BLOCKS[self.type]
+        weights, size = BLOCKS[self.type]
         return math.prod(self.shape) // weights * size
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -16,8 +17,12 @@ import torch
 from torch import Tensor
 
 from ...errors import BadInput
+from .. import blocks
+from ..blocks import AnyGrid, BlockGrid, Quantized
+from ..codes import CODES
 from ..compiled import compiled
-from ..grid import Float32, Grid, Int8
+from ..grid import Float32, Int8
+from ..recode import low_and_step, replace_codes
 from ..tensor import QuantizedTensor
 from . import rtn
 
@@ -29,13 +34,14 @@ Indices = npt.NDArray[np.int64]
 
 
 def solve(
-    weight: Float32, grid: Grid, hessian: Float32, drift: Float32 | None = None
-) -> QuantizedTensor:
+    weight: Float32, grid: AnyGrid, hessian: Float32, drift: Float32 | None = None
+) -> Quantized:
     """Quantize so that the outputs, not the weights, change least.
 
     Args:
         weight: float32 (rows, columns), finite.
-        grid: its scales are those of RTN's search.
+        grid: its scales are those of RTN's search, or of ggml's kernel with the Hessian's diagonal
+            as importance; the ggml types are those of `codes.CODES`.
         hessian: float32 (columns, columns), mean of x x^T over inputs x. A column that was never
             active (zero on the diagonal) keeps its RTN codes.
         drift: float32 (rows, columns), mean of d x^T; d is what earlier errors took from the
@@ -47,21 +53,65 @@ def solve(
     columns = weight.shape[1]
     if hessian.shape != (columns, columns):
         raise _unusable(f"its shape is {hessian.shape} for {columns} columns")
-    importance = hessian.diagonal()
+    importance = np.ascontiguousarray(hessian.diagonal())
     if not np.isfinite(importance).all():
         raise _unusable("its diagonal is not finite")
     order = np.argsort(importance, kind="stable")
     order = order[importance[order] > 0]
     if order.size == 0:
-        return rtn.solve(weight, grid)
+        return _rounded(weight, grid, None)
     factor = _factor(hessian, order)
     if drift is not None:
         weight = weight.copy()
         weight[:, order] += _correction(drift, order, factor)
-    rounded = rtn.solve(weight, grid)
+    rounded = _rounded(weight, grid, importance)
     factor /= factor.diagonal()[:, None].clone()
-    rounded.codes[:, order] = _feedback(weight, rounded.scale, grid, order, factor.mT)
-    return rounded
+    codes = _feedback(weight[:, order], _levels(rounded, order), factor.mT)
+    if isinstance(rounded, QuantizedTensor):
+        rounded.codes[:, order] = codes
+        return rounded
+    return replace_codes(rounded, codes.view(np.uint8), order)
+
+
+def _rounded(weight: Float32, grid: AnyGrid, importance: Float32 | None) -> Quantized:
+    """Scales, and the codes of columns that are not chosen here."""
+    if isinstance(grid, BlockGrid):
+        return blocks.solve(weight, grid, importance)
+    return rtn.solve(weight, grid)
+
+
+class _Levels(NamedTuple):
+    """What codes mean: value = low + step * level.
+
+    Attributes:
+        low, step: float32 (rows, groups).
+        groups: int64 (columns,), the group of each column.
+        first, last: the smallest and the largest code.
+        between: float32, the levels' midpoints; empty: a code is its level.
+        levels: float32, the level of each code; empty likewise.
+    """
+
+    low: Float32
+    step: Float32
+    groups: Indices
+    first: np.float32
+    last: np.float32
+    levels: Float32
+    between: Float32
+
+
+def _levels(rounded: Quantized, order: Indices) -> _Levels:
+    nothing = np.empty(0, np.float32)
+    if isinstance(rounded, QuantizedTensor):
+        grid, scale = rounded.grid, rounded.scale
+        groups = order // grid.group if grid.group else np.zeros_like(order)
+        ends = np.float32(grid.low), np.float32(grid.high)
+        return _Levels(np.zeros_like(scale), scale, groups, *ends, nothing, nothing)
+    known = CODES[rounded.grid.type]
+    levels = nothing if known.even else known.levels
+    ends = np.float32(0), np.float32(len(known.levels) - 1)
+    between = (levels[1:] + levels[:-1]) / np.float32(2)
+    return _Levels(*low_and_step(rounded), order // known.group, *ends, levels, between)
 
 
 def _factor(hessian: Float32, order: Indices) -> Tensor:
@@ -86,18 +136,17 @@ def _correction(drift: Float32, order: Indices, factor: Tensor) -> Float32:
     return solved * _GIVEN_BACK
 
 
-def _feedback(weight: Float32, scale: Float32, grid: Grid, order: Indices, factor: Tensor) -> Int8:
-    """Codes (rows, len(order)) of the columns `order`, chosen from the last to the first.
+def _feedback(weight: Float32, levels: _Levels, factor: Tensor) -> Int8:
+    """Codes (rows, columns) of `weight`, chosen from the last column to the first.
 
     Column j is rounded after adding sum(error[i] * factor[i, j]) over the columns i > j, whose
-    error is weight - code * scale; `factor` is unit lower triangular.
+    error is weight - value of the code; `factor` is unit lower triangular.
     """
-    weight = weight[:, order]
-    groups = order // grid.group if grid.group else np.zeros_like(order)
+    columns = weight.shape[1]
     codes = np.empty(weight.shape, np.int8)
     errors = torch.empty(weight.shape)
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        for stop in range(order.size, 0, -_BLOCK):
+        for stop in range(columns, 0, -_BLOCK):
             block = slice(max(0, stop - _BLOCK), stop)
             target = torch.from_numpy(weight[:, block].copy())
             target.addmm_(errors[:, stop:], factor[stop:, block])
@@ -105,10 +154,8 @@ def _feedback(weight: Float32, scale: Float32, grid: Grid, order: Indices, facto
                 _choose,
                 weight[:, block],
                 target.numpy(),
-                scale,
-                groups[block],
+                levels._replace(groups=levels.groups[block]),
                 factor[block, block].contiguous().numpy(),
-                (np.float32(grid.low), np.float32(grid.high)),
                 codes[:, block],
                 errors[:, block].numpy(),
             )
@@ -126,28 +173,38 @@ def _parts(rows: int) -> tuple[list[int], list[int]]:
 def _choose(
     weight: Float32,
     target: Float32,
-    scale: Float32,
-    groups: Indices,
+    levels: _Levels,
     factor: Float32,
-    limits: tuple[np.float32, np.float32],
     codes: Int8,
     errors: Float32,
     start: int,
     stop: int,
 ) -> None:
     """Codes and errors of rows start .. stop - 1 in one block of columns, last column first."""
-    low, high = limits
     for row in range(start, stop):
         for j in range(weight.shape[1] - 1, -1, -1):
-            step = scale[row, groups[j]]
-            code = np.rint(target[row, j] / step)
-            code = low if code < low else code
-            code = high if code > high else code
-            error = weight[row, j] - code * step
+            group = levels.groups[j]
+            low, step = levels.low[row, group], levels.step[row, group]
+            code = _nearest(target[row, j] - low, step, levels)
+            level = levels.levels[int(code)] if levels.levels.size else code
+            error = weight[row, j] - (low + level * step)
             codes[row, j] = np.int8(code)
             errors[row, j] = error
             for i in range(j):
                 target[row, i] += error * factor[j, i]
+
+
+@compiled
+def _nearest(value: np.float32, step: np.float32, levels: _Levels) -> np.float32:
+    """The code whose level times `step` is nearest to `value`; the first where all are equal."""
+    if step == 0:
+        return levels.first
+    wanted = value / step
+    if levels.between.size:
+        return np.float32(np.searchsorted(levels.between, wanted))
+    code = np.rint(wanted)
+    code = levels.first if code < levels.first else code
+    return levels.last if code > levels.last else code
 
 
 def _unusable(why: str) -> BadInput:

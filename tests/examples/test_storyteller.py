@@ -162,9 +162,9 @@ def artifacts() -> list[str]:
 
 @pytest.fixture(scope="module")
 def short_build(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder that 20 steps of every training leave."""
+    """The folder that 4 steps of every training leave."""
     out = tmp_path_factory.mktemp("storyteller")
-    command = [sys.executable, "-B", str(FOLDER / "build.py"), "--steps", "20", "--out", str(out)]
+    command = [sys.executable, "-B", str(FOLDER / "build.py"), "--steps", "4", "--out", str(out)]
     environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}
     result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900)
     assert result.returncode == 0, result.stderr[-4000:]
@@ -173,7 +173,7 @@ def short_build(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 @pytest.mark.filterwarnings("ignore:Could not find a config file:UserWarning")
-@pytest.mark.parametrize("committed", [False, True], ids=["20-steps", "committed"])
+@pytest.mark.parametrize("committed", [False, True], ids=["4-steps", "committed"])
 def test_every_artifact_is_there_and_loads(committed, request):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer

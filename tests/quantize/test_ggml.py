@@ -163,7 +163,7 @@ def test_a_library_that_does_not_load_is_told(unloaded, monkeypatch):
         ggml.library()
 
 
-@pytest.mark.parametrize("what", ["GGML_VERSION", "_BLOCKS"])
+@pytest.mark.parametrize("what", ["GGML_VERSION", "BLOCKS"])
 def test_the_probe_refuses_another_ggml(unloaded, monkeypatch, what):
     wrong = "9.9.9" if what == "GGML_VERSION" else {Type.Q4_0: (32, 20)}
     monkeypatch.setattr(ggml, what, wrong)

@@ -7,9 +7,13 @@ import numpy.typing as npt
 import pytest
 
 from slimport.errors import BadInput
+from slimport.quantize import blocks
+from slimport.quantize.blocks import BlockGrid, BlockTensor, Quantized
+from slimport.quantize.codes import CODES
+from slimport.quantize.ggml import Type
 from slimport.quantize.grid import GRIDS, INT4_G32, INT8_G32, INT8_ROW, Float32, Grid, round_scale
 from slimport.quantize.methods import gptq, rtn
-from slimport.quantize.tensor import QuantizedTensor
+from slimport.quantize.recode import low_and_step
 
 Float64 = npt.NDArray[np.float64]
 
@@ -28,7 +32,7 @@ def problem(rows: int, columns: int, seed: int = 0, samples: int = 3000) -> tupl
     return weight.astype(np.float32), (inputs.T @ inputs / samples).astype(np.float32)
 
 
-def output_error(quantized: QuantizedTensor, weight: Float32, hessian: Float32) -> float:
+def output_error(quantized: Quantized, weight: Float32, hessian: Float32) -> float:
     difference = (quantized.dequantize() - weight).astype(np.float64)
     return float(np.einsum("ij,jk,ik->", difference, hessian.astype(np.float64), difference))
 
@@ -156,3 +160,52 @@ def test_unusable_hessians_are_refused(change, why) -> None:  # type: ignore[no-
     weight, hessian = problem(8, 64)
     with pytest.raises(BadInput, match=why):
         gptq.solve(weight, INT4_G32, change(hessian))
+
+
+BLOCKS = pytest.mark.parametrize("kind", CODES, ids=lambda kind: kind.name)
+
+
+@BLOCKS
+def test_blocks_change_outputs_less_than_ggml_does(kind: Type) -> None:
+    weight, hessian = problem(24, 512)
+    grid = BlockGrid(kind)
+    by_ggml = blocks.solve(weight, grid, np.ascontiguousarray(hessian.diagonal()))
+    ours = gptq.solve(weight, grid, hessian)
+    assert isinstance(ours, BlockTensor) and ours.blocks.shape == by_ggml.blocks.shape
+    assert output_error(ours, weight, hessian) < 0.55 * output_error(by_ggml, weight, hessian)
+    for mine, theirs in zip(low_and_step(ours), low_and_step(by_ggml), strict=True):
+        np.testing.assert_array_equal(mine, theirs)
+
+
+@BLOCKS
+def test_codes_of_blocks_are_those_of_the_textbook(kind: Type) -> None:
+    """Scales are ggml's; codes those of Algorithm 1, with a type's own levels for a grid."""
+    weight, hessian = problem(12, 256)
+    grid, known = BlockGrid(kind), CODES[kind]
+    quantized = gptq.solve(weight, grid, hessian)
+    low, step = (np.repeat(part, known.group, 1) for part in low_and_step(quantized))
+    order = np.argsort(hessian.diagonal(), kind="stable")[::-1]
+    ordered = hessian[np.ix_(order, order)].astype(np.float64)
+    ordered[np.diag_indices_from(ordered)] += 0.01 * ordered.diagonal().mean()
+    inverse = np.linalg.cholesky(np.linalg.inv(ordered)).T
+    left = weight[:, order].astype(np.float64)
+    values = np.empty_like(left)
+    for column, source in enumerate(order):
+        every = low[:, source, None] + step[:, source, None] * known.levels.astype(np.float64)
+        nearest = np.abs(every - left[:, column, None]).argmin(1)
+        values[:, source] = every[np.arange(12), nearest]
+        error = (left[:, column] - values[:, source]) / inverse[column, column]
+        left[:, column:] -= error[:, None] * inverse[column, column:]
+    assert np.isclose(quantized.dequantize(), values, atol=1e-5).mean() > 0.99
+
+
+def test_dead_columns_of_blocks_keep_ggml_codes() -> None:
+    weight, hessian = problem(8, 256)
+    dead = np.array([0, 31, 32, 200])
+    hessian[dead] = hessian[:, dead] = 0
+    grid = BlockGrid(Type.Q4_K)
+    by_ggml = blocks.solve(weight, grid, np.ascontiguousarray(hessian.diagonal()))
+    ours = gptq.solve(weight, grid, hessian)
+    np.testing.assert_array_equal(ours.dequantize()[:, dead], by_ggml.dequantize()[:, dead])
+    nothing = gptq.solve(weight, grid, np.zeros_like(hessian))
+    np.testing.assert_array_equal(nothing.dequantize(), blocks.solve(weight, grid).dequantize())

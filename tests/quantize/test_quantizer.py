@@ -11,8 +11,9 @@ import torch
 from slimport.architectures import decoder_config
 from slimport.checkpoint import Checkpoint
 from slimport.errors import Unsupported, UsageError
-from slimport.quantize import quantizer
-from slimport.quantize.calibration import layer_statistics
+from slimport.quantize import ggml, quantizer
+from slimport.quantize.calibration import importance, layer_statistics
+from slimport.quantize.imatrix import Imatrix
 from slimport.quantize.methods import gptq
 from slimport.quantize.plan import make_plan
 from slimport.quantize.quantizer import quantize, restore
@@ -254,3 +255,64 @@ def test_twice_the_layers_the_same_memory(tmp_path, method):
         peaks[layers] = json.loads(done.stdout)
     # Sixteen layers more are 47 MB as float32 and 12 MB as codes; repeated runs differ by 5 MB.
     assert peaks[32] - peaks[16] < 8e6, peaks
+
+
+@pytest.fixture(scope="module")
+def wide(make_model):
+    """Rows of 256 and 512: every block of ggml divides them."""
+    return Checkpoint.open(make_model("llama", hidden_size=256, intermediate_size=512))
+
+
+def test_method_imatrix_gives_the_bytes_of_ggmls_kernel(wide, windows, tmp_path):
+    config = decoder_config(wide.config)
+    measured = importance(wide, config, windows, lambda *_: None)
+    given = Imatrix(measured, 768, 64, ("text",))
+    by_text = run(wide, wide, tmp_path / "a", windows=windows, preset="Q4_K_M", method="imatrix")
+    by_file = run(wide, wide, tmp_path / "b", windows=given, preset="Q4_K_M", method="imatrix")
+    assert by_text.weights_digest == by_file.weights_digest
+    assert (by_text.calibration, by_file.calibration) == (windows.digest, given.digest)
+    for choice in by_text.plan.quantized:
+        name = choice.weight.name
+        weighed = measured[name] if choice.weight.is_linear else None
+        expected = ggml.quantize_rows(choice.grid.type, wide.rows(name), weighed)
+        np.testing.assert_array_equal(by_text.load(name).blocks, expected)
+    by_text.verify()
+
+
+def test_gptq_beside_types_whose_codes_it_cannot_choose(wide, windows, tmp_path):
+    """IQ3_S gets the diagonal of the Hessian; the layers after it see what it became."""
+    made = run(wide, wide, tmp_path / "a", windows=windows, preset="IQ3_XS")
+    methods = {choice.grid.name: choice.method for choice in made.plan.quantized}
+    assert methods["IQ3_S"] == methods["IQ3_XXS"] == "imatrix"
+    changed = Changed(wide, **{Q0: wide.rows(Q0) * 2})
+    after = run(changed, wide, tmp_path / "b", windows=windows, preset="IQ3_XS")
+    assert made.load(Q1).digest("") != after.load(Q1).digest("")
+    assert all(0 < error < 0.6 for error in made.errors.values())
+
+
+def test_the_error_of_blocks_is_that_of_their_weights(wide, windows, tmp_path):
+    made = run(wide, wide, tmp_path / "a", windows=windows, preset="Q2_K")
+    for name, error in made.errors.items():
+        before = wide.rows(name).astype(np.float64)
+        difference = before - made.rows(name)
+        assert error == pytest.approx(np.sqrt((difference**2).sum() / (before**2).sum()), rel=1e-5)
+
+
+def test_blocks_go_through_restore(wide, windows, tmp_path):
+    made = run(wide, wide, tmp_path / "a", windows=windows, preset="Q3_K_M")
+    tensors = ((name, made.load(name)) for name in made.names())
+    again = restore(tensors, wide.config, made.plan, tmp_path / "b", tokenizer_folder=wide.folder)
+    assert again.weights_digest == made.weights_digest
+    np.testing.assert_array_equal(again.rows(UP, 3, 7), made.rows(UP)[3:7])
+
+
+def test_gptq_does_not_start_from_an_importance_matrix(wide, tmp_path):
+    with pytest.raises(UsageError, match="gptq cannot start from an importance matrix"):
+        run(wide, wide, tmp_path / "a", windows=Imatrix({}, 1, 1, ()), preset="Q4_K_M")
+
+
+def test_weights_that_ggmls_kernel_breaks_are_refused(wide, tmp_path):
+    huge = Changed(wide, **{UP: wide.rows(UP) * np.float32(1e30)})
+    with pytest.raises(Unsupported, match="no numbers"):
+        run(huge, wide, tmp_path / "a", preset="Q4_K_M", method="rtn")
+    assert not (tmp_path / "a").exists()

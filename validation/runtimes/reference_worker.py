@@ -13,7 +13,6 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from ...errors import BadInput
 from ...quantize.store import QuantizedCheckpoint
-from ...quantize.tensor import QuantizedTensor
 from .. import worker
 from ..logits import writer
 
@@ -53,7 +52,10 @@ def _full_precision(folder: str) -> Any:
 def _dequantized(folder: Path) -> Any:
     """The decoder of the checkpoint's config, with the weights that its codes mean."""
     checkpoint = QuantizedCheckpoint.open(folder)
-    state = {name: _tensor(checkpoint.load(name)) for name in checkpoint.names()}
+    state = {
+        name: torch.from_numpy(np.ascontiguousarray(checkpoint.rows(name), np.float32))
+        for name in checkpoint.names()
+    }
     config = AutoConfig.from_pretrained(folder, **_LOADING)
     make: Any = AutoModelForCausalLM.from_config
     model = make(config, dtype=torch.float32, attn_implementation="eager")
@@ -62,11 +64,6 @@ def _dequantized(folder: Path) -> Any:
     _refuse_leftovers(set(missing) - set(tied), unexpected)
     model.tie_weights()
     return model
-
-
-def _tensor(weight: QuantizedTensor | np.ndarray[Any, Any]) -> torch.Tensor:
-    values = weight.dequantize() if isinstance(weight, QuantizedTensor) else weight
-    return torch.from_numpy(np.ascontiguousarray(values, np.float32))
 
 
 def _refuse_leftovers(missing: Any, unexpected: Any) -> None:

@@ -11,7 +11,7 @@ from slimport.errors import Unsupported
 from slimport.export.gguf import packing, reader
 from slimport.export.gguf.reader import Stored
 from slimport.export.gguf.writer import TensorInfo
-from slimport.quantize.ggml import Type, dequantize_rows
+from slimport.quantize.ggml import BLOCKS, Type, dequantize_rows
 from slimport.quantize.grid import GRIDS, SCALE_CEILING, SCALE_FLOOR, Grid, round_scale
 from slimport.quantize.tensor import QuantizedTensor
 
@@ -20,7 +20,7 @@ from slimport.quantize.tensor import QuantizedTensor
 def tensors(draw: st.DrawFn) -> QuantizedTensor:
     """Any grid, codes anywhere on it, scales from the floor to the ceiling, all-zero groups."""
     grid = GRIDS[draw(st.sampled_from(sorted(packing.TYPES)))]
-    size = packing.BLOCKS[packing.TYPES[grid.name]]
+    size = BLOCKS[packing.TYPES[grid.name]][0]
     rows, columns = draw(st.integers(1, 5)), size * draw(st.integers(1, 4))
     shape = (rows, grid.groups(columns))
     codes = draw(arrays.arrays(np.int8, (rows, columns), elements=st.integers(grid.low, grid.high)))
@@ -95,7 +95,7 @@ def test_a_tq2_0_block_by_hand() -> None:
 def test_parts_join_to_the_whole(grid: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     # Two rows at a time, so a last part of one row.
     generator = np.random.default_rng(rows)
-    size = packing.BLOCKS[packing.TYPES[grid]]
+    size = BLOCKS[packing.TYPES[grid]][0]
     monkeypatch.setattr(packing, "_CHUNK", 2 * size)
     codes = generator.integers(-1, 3, (rows, size), dtype=np.int8)
     scale = np.full((rows, GRIDS[grid].groups(size)), 0.25, np.float32)
