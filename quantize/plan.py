@@ -91,9 +91,13 @@ class Plan:
         return any(choice.method == method for choice in self.choices)
 
     @property
-    def fallbacks(self) -> dict[str, str]:
-        """{matrix that a mix could not give its own type: what it has instead, and why}."""
-        return {c.weight.name: c.reason for c in self.choices if _INSTEAD in c.reason}
+    def fallbacks(self) -> dict[str, list[str]]:
+        """{what a mix gave instead of its own type, and why: the matrices that got it}."""
+        found: dict[str, list[str]] = {}
+        for choice in self.choices:
+            if _INSTEAD in choice.reason:
+                found.setdefault(choice.reason, []).append(choice.weight.name)
+        return found
 
     @property
     def parameters(self) -> int:

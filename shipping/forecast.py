@@ -43,7 +43,7 @@ class Forecast:
     Attributes:
         grids: weights and bytes by grid and method.
         floats: {matrix that keeps float16: why}.
-        fallbacks: {matrix that a mix of llama.cpp could not give its own type: what it gets}.
+        fallbacks: as Plan.fallbacks.
         memory: peak anonymous memory of the export itself, without validation's child processes.
         disk: all files at once, temporary ones included.
         free_disk: of the output's file system.
@@ -52,7 +52,7 @@ class Forecast:
     model: str
     grids: list[dict[str, Any]]
     floats: Mapping[str, str]
-    fallbacks: Mapping[str, str]
+    fallbacks: Mapping[str, list[str]]
     jobs: list[JobForecast]
     memory: int
     disk: int

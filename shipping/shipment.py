@@ -217,6 +217,7 @@ def report_on(
             f"adapter {path.stem}: only {files.adapters[0].stem} was judged beside the base"
             for path in files.adapters[1:]
         ],
+        fallbacks=quantized.plan.fallbacks,
     )
     return report.build(subject, judgement, codes_equal=True)
 

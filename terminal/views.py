@@ -49,6 +49,7 @@ def report(found: Mapping[str, Any]) -> None:
         columns = ["on this machine: prompt", "TTFT", "prompt tokens/s", "generated tokens/s"]
         table("", columns, [_speed(row) for row in speed])
     budgets(found["budgets"])
+    fallbacks(found.get("fallbacks", {}))
     for words in found["executed"]:
         print(f"Executed: {words}")
     for words in found["not_executed"]:
@@ -118,8 +119,15 @@ def forecast(found: Forecast) -> None:
     )
     if found.disk > found.free_disk:
         print("Not enough free disk: free some, or give another --output.")
-    for name, reason in {**found.fallbacks, **found.floats}.items():
+    fallbacks(found.fallbacks)
+    for name, reason in found.floats.items():
         print(f"{name}: {reason}")
+
+
+def fallbacks(found: Mapping[str, Sequence[str]]) -> None:
+    """What a mix could not give its own type, and what it has instead."""
+    for reason, names in found.items():
+        print(f"{len(names)} weights, {reason} ({names[0]}{', ...' if names[1:] else ''})")
 
 
 def grids(rows: Rows) -> None:

@@ -48,6 +48,7 @@ class Subject:
         inputs, tools: as in the manifest.
         findings: of targets.limits.
         not_judged: in words, what ships and was not run here.
+        fallbacks: as Plan.fallbacks.
     """
 
     model: Mapping[str, Any]
@@ -65,6 +66,7 @@ class Subject:
     tools: Mapping[str, str] = field(default_factory=dict)
     findings: Sequence[Finding] = ()
     not_judged: Sequence[str] = ()
+    fallbacks: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
 
 def build(subject: Subject, judgement: Judgement, codes_equal: bool) -> dict[str, Any]:
@@ -90,6 +92,7 @@ def build(subject: Subject, judgement: Judgement, codes_equal: bool) -> dict[str
         **_judged(judgement, codes_equal),
         "adapters": [dict(adapter) for adapter in subject.adapters],
         "layers": [dict(row) for row in subject.layers],
+        "fallbacks": {reason: list(names) for reason, names in subject.fallbacks.items()},
         "groups": size_by_group(subject.layers),
         "texts": dict(subject.texts),
         "samples": [dict(sample) for sample in subject.samples],
