@@ -324,6 +324,32 @@ def check(bundle: str, target: str | None, as_json: bool, quiet: bool, debug: bo
 
 
 @cli.command()
+@click.argument("first", type=click.Path())
+@click.argument("second", type=click.Path())
+@click.option("--eval", "text", type=click.Path(), help="Text to run both on, for KL and top-1.")
+@output_options
+def compare(
+    first: str, second: str, text: str | None, as_json: bool, quiet: bool, debug: bool
+) -> None:
+    """Show what differs between two bundles or .gguf files: sizes, tensors, KL.
+
+    With --eval both run in llama.cpp, and KL(FIRST || SECOND) is over the tokens of that text.
+
+    \b
+    slimport compare dist/android other/android
+    slimport compare model-f16.gguf model-Q4_K_M.gguf --eval held_out.txt
+    """
+    from .terminal import views
+    from .validation import comparison
+
+    with console.progress(quiet) as progress:
+        found = comparison.compare(
+            Path(first), Path(second), Path(text) if text else None, progress
+        )
+    _print_json(found) if as_json else views.comparison(found)
+
+
+@cli.command()
 @click.argument("bundle", type=click.Path())
 @output_options
 def verify(bundle: str, as_json: bool, quiet: bool, debug: bool) -> None:

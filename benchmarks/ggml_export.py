@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from math import prod
@@ -17,21 +17,18 @@ from slimport.architectures import DecoderConfig
 from slimport.checkpoint import Weights
 from slimport.export.gguf.layout import tensor_infos
 from slimport.export.gguf.metadata import model_metadata
-from slimport.export.gguf.packing import float_bytes, pack, packed_rows, row_order
+from slimport.export.gguf.packing import pack
 from slimport.export.gguf.vocabulary import vocabulary_metadata
 from slimport.export.gguf.writer import TensorInfo, write_file
 from slimport.quantize.ggml import Type, quantize_rows
 from slimport.quantize.grid import INT4_G32, INT8_ROW, Float32
 from slimport.quantize.methods import rtn
 from slimport.quantize.plan import Plan
-from slimport.quantize.store import QuantizedCheckpoint
-from slimport.quantize.tensor import QuantizedTensor
 from slimport.tokenizer.tokenizer import Tokenizer
 
 _BLOCK = 1 << 20  # weights in one block of rows, as in quantizer.py
 
 Kernel = Callable[[TensorInfo, Float32], NDArray[Any]]
-Imatrix = Mapping[str, Float32]  # mean of x^2 per input, by weight name
 
 
 def ggml_kernel(info: TensorInfo, values: Float32) -> NDArray[Any]:
@@ -92,46 +89,6 @@ def _blocks(
             yield waiting.popleft().result()
     while waiting:
         yield waiting.popleft().result()
-
-
-def write_peer(
-    ours: QuantizedCheckpoint,
-    weights: Weights,
-    tokenizer: Tokenizer,
-    kind: Type,
-    path: Path,
-    imatrix: Imatrix | None = None,
-) -> None:
-    """Our file with the Linears quantized by ggml to `kind`; tables and vectors are the same."""
-    config, plan = ours.decoder, ours.plan
-    infos = _typed(config, plan, kind)
-
-    def data() -> Iterator[Iterable[NDArray[Any]]]:
-        for choice, info in zip(plan.choices, infos, strict=True):
-            name, order = choice.weight.name, row_order(choice.weight, config)
-            if choice.weight.is_linear:
-                values = weights.rows(name)
-                values = values if order is None else values[order]
-                yield [quantize_rows(kind, values, imatrix[name] if imatrix else None, 2)]
-                continue
-            tensor = ours.load(name)
-            if isinstance(tensor, QuantizedTensor):
-                yield packed_rows(tensor, order)
-            else:
-                yield [float_bytes(info, tensor, order)]
-
-    write_file(path, _metadata(config, plan, tokenizer), infos, data())
-
-
-def linear_bytes(config: DecoderConfig, plan: Plan, kind: Type | None = None) -> int:
-    """Bytes of all Linears in the file: on their own grids, or as `kind`."""
-    infos = tensor_infos(config, plan) if kind is None else _typed(config, plan, kind)
-    pairs = zip(plan.choices, infos, strict=False)
-    return sum(info.nbytes for choice, info in pairs if choice.weight.is_linear)
-
-
-def linear_weights(plan: Plan) -> int:
-    return sum(prod(c.weight.shape) for c in plan.choices if c.weight.is_linear)
 
 
 def _typed(config: DecoderConfig, plan: Plan, kind: Type) -> list[TensorInfo]:

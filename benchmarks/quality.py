@@ -1,32 +1,29 @@
-"""KL divergence at 4.5 bits per weight, beside ggml's own quantizers with the same tables.
+"""KL divergence by type and method: ggml's kernels beside ours, at the same bytes.
 
 Every row is a real file, run in llama.cpp (f16 KV cache) against transformers in float32 on
-held-out text. Only the Linears differ: tables are int8-row in all of them. ggml's importance
-matrix is the mean of x^2 over the very windows that GPTQ is calibrated on.
+held-out text. Only the Linears differ: tables are int8-row in all files but those of a mix, which
+has tables of its own. ggml's importance matrix is the mean of x^2 over the very windows that GPTQ
+is calibrated on.
 """
 
 from __future__ import annotations
 
 import argparse
 import tempfile
+import time
 from collections.abc import Iterator
-from contextlib import closing
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
-from types import MappingProxyType
-
-import numpy as np
-from ggml_export import Imatrix, linear_bytes, linear_weights, write_peer
 
 from slimport.architectures import DecoderConfig, check_weights, decoder_config
 from slimport.checkpoint import Checkpoint
-from slimport.errors import Unsupported
 from slimport.export import gguf
-from slimport.quantize.calibration import layer_statistics
-from slimport.quantize.ggml import Type, row_bytes
+from slimport.quantize.blocks import BLOCK_GRIDS
+from slimport.quantize.codes import CODES
+from slimport.quantize.ggml import NEEDS_IMPORTANCE
 from slimport.quantize.plan import FLOAT, Plan, make_plan
 from slimport.quantize.quantizer import quantize
-from slimport.quantize.store import QuantizedCheckpoint
 from slimport.quantize.windows import Windows, read_text, token_windows
 from slimport.tokenizer.tokenizer import Tokenizer
 from slimport.validation import divergence
@@ -40,22 +37,29 @@ _EXAMPLE = (
     str(_STORYTELLER / "data" / "calibration.txt"),
     str(_STORYTELLER / "data" / "held_out.txt"),
 )
-_OURS = (
-    ("gptq int4-g32", "int4", "gptq"),
-    ("gptq int4-g32-signed", "int4-signed", "gptq"),
-    ("rtn int4-g32", "int4", "rtn"),
-    ("rtn int4-g32-signed", "int4-signed", "rtn"),
-    ("rtn-absmax int4-g32", "int4", "rtn-absmax"),
-)
-_PEERS = (
-    (Type.Q4_0, False),
-    (Type.Q4_0, True),
-    (Type.Q4_K, False),
-    (Type.Q4_K, True),
-    (Type.IQ4_NL, True),
-    (Type.IQ4_XS, True),
-)
-_ONLY_TABLES = MappingProxyType({"model.layers.*": FLOAT})
+# What every Linear becomes, and the type of ggml that its ratio is to.
+_GRIDS = {
+    "Q8_0": "Q8_0",
+    "Q6_K": "Q6_K",
+    "Q5_K": "Q5_K",
+    "Q4_K": "Q4_K",
+    "Q4_0": "Q4_0",
+    "IQ4_NL": "IQ4_NL",
+    "int4-g32": "Q4_K",
+    "int4-g32-signed": "Q4_K",
+    "IQ4_XS": "IQ4_XS",
+    "Q3_K": "Q3_K",
+    "IQ3_S": "IQ3_S",
+    "IQ3_XXS": "IQ3_XXS",
+    "Q2_K": "Q2_K",
+    "IQ2_S": "IQ2_S",
+    "IQ2_XS": "IQ2_XS",
+    "int2-g64": "IQ2_XS",
+    "IQ2_XXS": "IQ2_XXS",
+    "int2-g256": "IQ2_XXS",
+}
+_MIXES = ("Q4_K_M", "Q3_K_M", "Q2_K")
+_LINEARS = "model.layers.*"
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,12 +77,21 @@ class Case:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One line of the table; no divergence: the type cannot hold these rows."""
+    """One line of the table.
+
+    Attributes:
+        peer: the type that `ratio` is to.
+        nbytes, bits: of the Linears; of all matrices for a mix.
+        seconds: of quantizing, calibration included.
+    """
 
     kind: str
-    nbytes: int = 0
-    bits: float = 0.0
-    found: Divergence | None = None
+    method: str
+    peer: str
+    nbytes: int
+    bits: float
+    seconds: float
+    found: Divergence
 
 
 def main() -> None:
@@ -93,6 +106,7 @@ def main() -> None:
     )
     parser.add_argument("--windows", type=int, default=64, help="held-out windows")
     parser.add_argument("--calibration-windows", type=int, default=128)
+    parser.add_argument("--grids", nargs="*", help="only these types and mixes")
     parser.add_argument("--length", type=int, default=512, help="tokens in a window, at most")
     options = parser.parse_args()
     for model, calibration, held_out in options.case or [_EXAMPLE]:
@@ -103,7 +117,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as work:
             counts = options.calibration_windows, options.windows, options.length
             case = open_case(Path(model), Path(calibration), Path(held_out), Path(work), *counts)
-            print_table(case)
+            print_table(case, options.grids)
 
 
 def open_case(
@@ -131,63 +145,69 @@ def open_case(
     return Case(checkpoint, decoder, tokenizer, *texts, oracle, work)
 
 
-def print_table(case: Case) -> None:
-    """Each line as soon as it is known; the first one is what the others are compared with."""
+def print_table(case: Case, wanted: list[str] | None) -> None:
+    """Each line as soon as it is known."""
     print(
         f"{case.checkpoint.name}: {case.held_out.ids.size:,} held-out tokens, "
         f"calibrated on {case.calibration.ids.size:,}\n"
-        f"{'type':26}{'bytes':>10}{'bpw':>7}{'KL mean':>11}{'+-':>10}"
-        f"{'99.9%':>9}{'top-1':>8}{'ratio':>7}"
+        f"{'type':16}{'method':15}{'bytes':>11}{'bpw':>7}{'KL mean':>11}{'+-':>10}"
+        f"{'99.9%':>9}{'top-1':>8}{'s':>6}{'ratio':>7}"
     )
-    ours: float | None = None
-    for row in measure(case):
+    peers: dict[str, float] = {}
+    for row in measure(case, wanted):
         found = row.found
-        if found is None:
-            print(f"{row.kind:26}       n/a: its rows do not divide into blocks")
-            continue
-        ours = ours or found.kl_mean
+        if row.method == "ggml + imatrix":
+            peers[row.kind] = found.kl_mean
+        ratio = f"{found.kl_mean / peers[row.peer]:7.2f}" if row.peer in peers else f"{'-':>7}"
         print(
-            f"{row.kind:26}{row.nbytes:10,}{row.bits:7.3f}{found.kl_mean:11.6f}"
+            f"{row.kind:16}{row.method:15}{row.nbytes:11,}{row.bits:7.3f}{found.kl_mean:11.6f}"
             f"{found.kl_mean_error or 0:10.6f}{found.kl_p999:9.4f}{found.top1:8.4f}"
-            f"{found.kl_mean / ours:7.2f}",
+            f"{row.seconds:6.1f}{ratio}",
             flush=True,
         )
     print()
 
 
-def measure(case: Case) -> Iterator[Row]:
-    for kind, preset, method in _OURS:
-        quantized = _ours(case, make_plan(case.decoder, preset, method))
-        yield _row(case, kind, quantized.plan, None)
-    imatrix = importance(case)
-    plan = make_plan(case.decoder, "int4", "rtn")
-    quantized = _ours(case, plan)
-    for kind, weighted in _PEERS:
-        name = f"ggml {kind.name}" + (" + imatrix" if weighted else "")
-        if not _fits(plan, kind):
-            yield Row(name)
+def measure(case: Case, wanted: list[str] | None) -> Iterator[Row]:
+    for kind, peer in _GRIDS.items():
+        if wanted and kind not in wanted:
             continue
-        path = case.work / gguf.FILE
-        write_peer(
-            quantized, case.checkpoint, case.tokenizer, kind, path, imatrix if weighted else None
-        )
-        yield _row(case, name, plan, kind)
-    tables = _ours(case, make_plan(case.decoder, "int4", "rtn", _ONLY_TABLES))
-    yield _row(case, "float16", tables.plan, None)
+        for method in _methods(kind):
+            plan = make_plan(case.decoder, "int4", method, {_LINEARS: kind})
+            if any(c.grid is None for c in plan.choices if c.weight.is_linear):
+                print(f"{kind:16}n/a: its rows do not divide into blocks")
+                break
+            yield _row(case, kind, _NAMES.get((kind in BLOCK_GRIDS, method), method), peer, plan)
+    for mix in _MIXES:
+        if wanted and mix not in wanted:
+            continue
+        for method in ("imatrix", "gptq"):
+            plan = make_plan(case.decoder, mix, method)
+            name = f"mix {mix}"
+            yield _row(case, name, _NAMES.get((True, method), method), name, plan)
+    floats = make_plan(case.decoder, "int4", "rtn", {_LINEARS: FLOAT})
+    yield _row(case, "float16", "", "", floats)
 
 
-def importance(case: Case) -> Imatrix:
-    """Mean of x^2 of every input of every Linear, in full precision as llama-imatrix does."""
-    found: dict[str, np.ndarray] = {}
-    with closing(layer_statistics(case.checkpoint, case.decoder, case.calibration)) as stream:
-        for _ in range(case.decoder.layers):
-            _, statistics = stream.send({}) if found else next(stream)
-            found |= {name: s.hessian.diagonal().copy() for name, s in statistics.items()}
-    return found
+# ggml's kernels are what rtn and imatrix are for ggml's types.
+_NAMES = {(True, "rtn"): "ggml", (True, "imatrix"): "ggml + imatrix"}
 
 
-def _ours(case: Case, plan: Plan) -> QuantizedCheckpoint:
-    """Quantize by `plan` and write the file."""
+def _methods(kind: str) -> Iterator[str]:
+    grid = BLOCK_GRIDS.get(kind)
+    if grid is None:
+        yield from ("rtn", "gptq")
+        return
+    if grid.type not in NEEDS_IMPORTANCE:
+        yield "rtn"
+    yield "imatrix"
+    if grid.type in CODES:
+        yield "gptq"
+
+
+def _row(case: Case, kind: str, method: str, peer: str, plan: Plan) -> Row:
+    """Quantize, write and judge one file."""
+    started = time.perf_counter()
     quantized = quantize(
         case.checkpoint,
         case.checkpoint.config,
@@ -197,25 +217,20 @@ def _ours(case: Case, plan: Plan) -> QuantizedCheckpoint:
         tokenizer_folder=case.checkpoint.folder,
         progress=lambda stage, done, total: None,
     )
+    seconds = time.perf_counter() - started
     gguf.write(quantized, case.tokenizer, case.work)
-    return quantized
-
-
-def _row(case: Case, name: str, plan: Plan, kind: Type | None) -> Row:
-    """Judge the file that was just written."""
     artifact = case.work / "artifact.npy"
     llamacpp.logits(case.work / gguf.FILE, case.held_out.ids, artifact)
     found = divergence.compare(case.oracle, artifact, case.held_out.ids)
-    nbytes = linear_bytes(case.decoder, plan, kind)
-    return Row(name, nbytes, 8 * nbytes / linear_weights(plan), found)
-
-
-def _fits(plan: Plan, kind: Type) -> bool:
-    columns = {c.weight.shape[1] for c in plan.choices if c.weight.is_linear}
-    try:
-        return all(row_bytes(kind, count) > 0 for count in columns)
-    except Unsupported:
-        return False
+    sizes = gguf.tensor_bytes(case.decoder, plan)
+    counted = [
+        choice.weight
+        for choice in plan.choices
+        if choice.weight.is_linear or (kind.startswith("mix") and choice.weight.is_matrix)
+    ]
+    nbytes = sum(sizes[weight.name] for weight in counted)
+    bits = 8 * nbytes / sum(prod(weight.shape) for weight in counted)
+    return Row(kind, method, peer, nbytes, bits, seconds, found)
 
 
 if __name__ == "__main__":

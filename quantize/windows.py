@@ -115,7 +115,18 @@ def token_windows(
         BadInput: the text is too short for one window, or an id is outside the vocabulary.
     """
     ids = np.array(tokenizer.encode(text), np.int32)
-    start = [tokenizer.bos_id] if tokenizer.adds_bos else []
+    if ids.size:
+        _check_ids(ids, tokenizer, vocab_size)
+    start = [tokenizer.bos_id] if tokenizer.adds_bos and tokenizer.bos_id is not None else []
+    return cut(ids, start, length, count)
+
+
+def cut(ids: Int32, start: Sequence[int], length: int, count: int) -> Windows:
+    """The ids of a text as `token_windows`, each window after the ids `start`.
+
+    Raises:
+        BadInput: they are too few for one window.
+    """
     body = length - len(start)
     if ids.size < body:
         raise BadInput(
@@ -123,7 +134,6 @@ def token_windows(
             f"one window of {length} tokens needs {body} of them",
             "give a longer text, or ask for shorter windows",
         )
-    _check_ids(ids, tokenizer, vocab_size)
     count = min(count, ids.size // body)
     begins = np.linspace(0, ids.size - body, count).astype(np.int64)
     bodies = ids[begins[:, None] + np.arange(body)]

@@ -141,6 +141,54 @@ def grids(rows: Rows) -> None:
     )
 
 
+def comparison(found: Mapping[str, Any]) -> None:
+    """Two files: sizes, types, the tensors that differ, and how far their logits lie apart."""
+    first, second = found["files"]
+    print(f"first:  {first['path']}\nsecond: {second['path']}")
+    rows = [["file", *map(format_size, (first["bytes"], second["bytes"]))]]
+    rows += [["bits per weight", *(f"{side['bits_per_weight']:.3f}" for side in (first, second))]]
+    for kind, sides in found["types"].items():
+        rows.append([kind, *(_tensors(side) for side in sides)])
+    table("", ["", "first", "second"], rows)
+    differing = [tensor for tensor in found["tensors"] if not tensor["equal"]]
+    print(f"{len(found['tensors']) - len(differing)} tensors are equal, {len(differing)} differ")
+    if differing:
+        table(
+            "", ["by kind", "first", "second", "tensors", "bytes", "worst rmse"], _kinds(differing)
+        )
+    for which, accuracy in zip(("first", "second"), found["reports"], strict=True):
+        if accuracy:
+            columns = [f"{which} to full precision", "KL mean", "KL 99%", "top-1", "perplexity"]
+            table("", [*columns, "tokens"], _accuracy({"accuracy": accuracy}))
+    if between := found["divergence"]:
+        columns = ["second to first", "KL mean", "KL 99%", "top-1", "perplexity", "tokens"]
+        table(f"On {between['text']}", columns, _accuracy({"accuracy": {"logits": between}}))
+    else:
+        print("Logits were not compared: give --eval TEXT.")
+
+
+def _tensors(side: Mapping[str, int]) -> str:
+    if not side["tensors"]:
+        return "-"
+    return f"{side['tensors']} tensors, {format_size(side['bytes'])}"
+
+
+def _kinds(tensors: Rows) -> list[list[str]]:
+    """Differing tensors of one kind and the same types, over all layers, in one line."""
+    groups: dict[tuple[str, str, str], list[Mapping[str, Any]]] = {}
+    for tensor in tensors:
+        parts = tensor["name"].split(".")
+        kind = parts[2] if parts[0] == "blk" and len(parts) > 2 else parts[0]
+        a, b = (name or "-" for name in tensor["types"])
+        groups.setdefault((kind, a, b), []).append(tensor)
+    rows = []
+    for names, group in groups.items():
+        grown = sum(tensor["bytes"][1] - tensor["bytes"][0] for tensor in group)
+        worst = max((tensor["relative_rmse"] or 0.0 for tensor in group), default=0.0)
+        rows.append([*names, str(len(group)), f"{grown:+,}", f"{worst:.4f}"])
+    return rows
+
+
 def inspection(found: Mapping[str, Any]) -> None:
     """A model, a bundle or a GGUF file, one line per fact."""
     rows = [
