@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -19,11 +19,17 @@ from pathlib import Path
 from slimport.architectures import DecoderConfig, check_weights, decoder_config
 from slimport.checkpoint import Checkpoint
 from slimport.export import gguf
-from slimport.quantize.blocks import BLOCK_GRIDS
+from slimport.quantize import blocks
+from slimport.quantize.blocks import BLOCK_GRIDS, BlockGrid, Quantized
+from slimport.quantize.calibration import importance
 from slimport.quantize.codes import CODES
 from slimport.quantize.ggml import NEEDS_IMPORTANCE
-from slimport.quantize.plan import FLOAT, Plan, make_plan
-from slimport.quantize.quantizer import quantize
+from slimport.quantize.grid import Float32
+from slimport.quantize.imatrix import Imatrix
+from slimport.quantize.methods import kquants, rtn
+from slimport.quantize.plan import FLOAT, Choice, Plan, make_plan
+from slimport.quantize.quantizer import quantize, restore
+from slimport.quantize.store import QuantizedCheckpoint
 from slimport.quantize.windows import Windows, read_text, token_windows
 from slimport.tokenizer.tokenizer import Tokenizer
 from slimport.validation import divergence
@@ -64,12 +70,18 @@ _LINEARS = "model.layers.*"
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """A model and its texts; `oracle` is a file of its logits on the held-out windows."""
+    """A model and its texts.
+
+    Attributes:
+        importance: measured on `calibration`, once for all rows.
+        oracle: a file of the model's logits on the held-out windows.
+    """
 
     checkpoint: Checkpoint
     decoder: DecoderConfig
     tokenizer: Tokenizer
     calibration: Windows
+    importance: Imatrix
     held_out: Windows
     oracle: Path
     work: Path
@@ -82,7 +94,7 @@ class Row:
     Attributes:
         peer: the type that `ratio` is to.
         nbytes, bits: of the Linears; of all matrices for a mix.
-        seconds: of quantizing, calibration included.
+        seconds: of quantizing; for gptq with calibration, for ggml without the importance matrix.
     """
 
     kind: str
@@ -92,6 +104,9 @@ class Row:
     bits: float
     seconds: float
     found: Divergence
+
+
+Solver = Callable[[Case, Plan], QuantizedCheckpoint]
 
 
 def main() -> None:
@@ -140,9 +155,11 @@ def open_case(
         token_windows(text, tokenizer, length, count, vocab_size=decoder.vocab_size)
         for text, count in ((first, calibration_windows), (second, windows))
     ]
+    measured = importance(checkpoint, decoder, texts[0], lambda stage, done, total: None)
+    matrix = Imatrix(measured, texts[0].ids.size, length, (calibration.name,))
     oracle = work / "oracle.npy"
     reference.logits(Oracle(model), texts[1].ids, oracle)
-    return Case(checkpoint, decoder, tokenizer, *texts, oracle, work)
+    return Case(checkpoint, decoder, tokenizer, texts[0], matrix, texts[1], oracle, work)
 
 
 def print_table(case: Case, wanted: list[str] | None) -> None:
@@ -172,51 +189,71 @@ def measure(case: Case, wanted: list[str] | None) -> Iterator[Row]:
     for kind, peer in _GRIDS.items():
         if wanted and kind not in wanted:
             continue
-        for method in _methods(kind):
+        for name, method, solve in _candidates(kind):
             plan = make_plan(case.decoder, "int4", method, {_LINEARS: kind})
             if any(c.grid is None for c in plan.choices if c.weight.is_linear):
                 print(f"{kind:16}n/a: its rows do not divide into blocks")
                 break
-            yield _row(case, kind, _NAMES.get((kind in BLOCK_GRIDS, method), method), peer, plan)
+            yield _row(case, kind, name, peer, plan, solve)
     for mix in _MIXES:
         if wanted and mix not in wanted:
             continue
-        for method in ("imatrix", "gptq"):
+        for name, method in (("ggml + imatrix", "imatrix"), ("gptq", "gptq")):
             plan = make_plan(case.decoder, mix, method)
-            name = f"mix {mix}"
-            yield _row(case, name, _NAMES.get((True, method), method), name, plan)
+            yield _row(case, f"mix {mix}", name, f"mix {mix}", plan, _by_slimport)
     floats = make_plan(case.decoder, "int4", "rtn", {_LINEARS: FLOAT})
-    yield _row(case, "float16", "", "", floats)
+    yield _row(case, "float16", "", "", floats, _by_slimport)
 
 
-# ggml's kernels are what rtn and imatrix are for ggml's types.
-_NAMES = {(True, "rtn"): "ggml", (True, "imatrix"): "ggml + imatrix"}
-
-
-def _methods(kind: str) -> Iterator[str]:
+def _candidates(kind: str) -> Iterator[tuple[str, str, Solver]]:
+    """Name in the table, method of the plan, who quantizes."""
     grid = BLOCK_GRIDS.get(kind)
-    if grid is None:
-        yield from ("rtn", "gptq")
-        return
-    if grid.type not in NEEDS_IMPORTANCE:
-        yield "rtn"
-    yield "imatrix"
-    if grid.type in CODES:
-        yield "gptq"
+    if grid is not None:
+        if grid.type not in NEEDS_IMPORTANCE:
+            yield "ggml", "rtn", _by_ggml
+        yield "ggml + imatrix", "imatrix", _by_slimport
+    if grid is None or grid.type in kquants.LAYOUTS:
+        yield "rtn", "rtn", _by_slimport
+    if grid is None or grid.type in CODES:
+        yield "gptq", "gptq", _by_slimport
 
 
-def _row(case: Case, kind: str, method: str, peer: str, plan: Plan) -> Row:
-    """Quantize, write and judge one file."""
-    started = time.perf_counter()
-    quantized = quantize(
+def _by_slimport(case: Case, plan: Plan) -> QuantizedCheckpoint:
+    return quantize(
         case.checkpoint,
         case.checkpoint.config,
         plan,
         case.work / "quantized",
-        calibration=case.calibration,
+        calibration=case.calibration if plan.uses("gptq") else case.importance,
         tokenizer_folder=case.checkpoint.folder,
         progress=lambda stage, done, total: None,
     )
+
+
+def _by_ggml(case: Case, plan: Plan) -> QuantizedCheckpoint:
+    """ggml's kernel for its types, without an importance matrix; `rtn` for tables."""
+
+    def solve(choice: Choice) -> Quantized | Float32:
+        values = case.checkpoint.rows(choice.weight.name)
+        if choice.grid is None:
+            return values
+        if isinstance(choice.grid, BlockGrid):
+            return blocks.solve(values, choice.grid)
+        return rtn.solve(values, choice.grid)
+
+    return restore(
+        ((choice.weight.name, solve(choice)) for choice in plan.choices),
+        case.checkpoint.config,
+        plan,
+        case.work / "quantized",
+        tokenizer_folder=case.checkpoint.folder,
+    )
+
+
+def _row(case: Case, kind: str, method: str, peer: str, plan: Plan, solve: Solver) -> Row:
+    """Quantize, write and judge one file."""
+    started = time.perf_counter()
+    quantized = solve(case, plan)
     seconds = time.perf_counter() - started
     gguf.write(quantized, case.tokenizer, case.work)
     artifact = case.work / "artifact.npy"

@@ -19,7 +19,8 @@ from .grid import GRIDS, INT2_G64, INT4_G32, INT4_G32_SIGNED, INT8_ROW, Grid
 from .mixes import MIXES, held_type, wanted_type
 
 FLOAT = "float16"  # as a pattern's value: the weight stays float
-# rtn-absmax: rtn without the search for a scale. imatrix: ggml's kernels with an importance matrix.
+# rtn-absmax: rtn without the search for a scale. imatrix: ggml's kernels with an importance matrix,
+# tables without one, as llama-quantize does it.
 METHODS = ("rtn", "rtn-absmax", "gptq", "imatrix")
 _INSTEAD = "instead of"
 _NO_PATTERNS: Mapping[str, str] = MappingProxyType({})
@@ -147,9 +148,9 @@ def make_plan(
 
     Args:
         preset: a key of PRESETS, or one of llama.cpp's mixes.
-        method: one of METHODS. Tables use rtn in place of gptq or imatrix: a table is looked up
-            too, and calibrating it as a head makes its lookups worse. Linears of a ggml type whose
-            codes gptq cannot choose use imatrix in its place.
+        method: one of METHODS. Tables use rtn in place of gptq: a table is looked up too, and
+            calibrating it as a head makes its lookups worse. Linears of a ggml type whose codes
+            gptq cannot choose use imatrix in its place.
         patterns: shell-style pattern on the weight name -> grid name or "float16"; where several
             match, the last one decides.
 
@@ -255,7 +256,7 @@ def _method(weight: Weight, grid: AnyGrid, method: str) -> str:
             "ggml's kernels search their scales in their own way",
             "choose --method rtn",
         )
-    if weight.is_table:
+    if weight.is_table and (method == "gptq" or grid.type in NEEDS_IMPORTANCE):
         method = "rtn"
     elif method == "gptq" and grid.type not in CODES:
         method = "imatrix"

@@ -28,7 +28,7 @@ from .blocks import BlockGrid, BlockTensor, Quantized
 from .compiled import compiled
 from .grid import SCALE_CEILING, SCALE_FLOOR, Float32, Grid, Int8
 from .imatrix import Imatrix
-from .methods import rtn
+from .methods import kquants, rtn
 from .packing import UInt8, pack
 from .plan import FLOAT, Choice, Plan
 from .store import Origin, QuantizedCheckpoint, Record
@@ -41,6 +41,7 @@ Importance = Mapping[str, Float32]
 
 _BLOCK = 1 << 20  # weights in one block of rows: 4 MB as float32
 _ADDED_LIMIT = 0.01  # relative RMSE that the floor of the scales may add
+_SMALL_ROW = 2.0**-8  # rows below it may need scales of blocks that float16 rounds coarsely
 _LANES = 32
 
 
@@ -254,17 +255,19 @@ def _solve_rows(
 def _rounded(values: Float32, choice: Choice, importance: Float32 | None) -> Quantized:
     """By a method that knows nothing of other rows."""
     assert choice.grid is not None
-    if isinstance(choice.grid, BlockGrid):
-        weighed = importance if choice.method == "imatrix" else None
-        return ggml_blocks.solve(values, choice.grid, weighed)
-    return rtn.solve(values, choice.grid, search=choice.method != "rtn-absmax")
+    if not isinstance(choice.grid, BlockGrid):
+        return rtn.solve(values, choice.grid, search=choice.method != "rtn-absmax")
+    if choice.method == "imatrix":
+        return ggml_blocks.solve(values, choice.grid, importance)
+    return kquants.round_blocks(values, choice.grid)
 
 
 def _quantized_block(name: str, values: Float32, tensor: Quantized) -> _Block:
     values = np.ascontiguousarray(values)
     if isinstance(tensor, BlockTensor):
         error, norm = _squared(values - tensor.dequantize()), _squared(values)
-        return _Block(name, values.size, tensor.blocks, tensor.blocks, None, error, norm)
+        added = _added_to_small_rows(values, tensor.grid)
+        return _Block(name, values.size, tensor.blocks, tensor.blocks, None, error, norm, added)
     codes, scale = tensor.codes, tensor.scale
     table = values.reshape(scale.size, -1)
     error, norm = _squares(table, codes.reshape(table.shape), scale.reshape(-1))
@@ -286,6 +289,25 @@ def _added_by_limits(table: Float32, scale: Float32, grid: Grid) -> float:
             added += _rtn_error(bound, alone)
             added -= _rtn_error(bound * np.float32(power), alone) / power**2
     return max(added, 0.0)
+
+
+def _added_to_small_rows(values: Float32, grid: BlockGrid) -> float:
+    """Squared error that float16's end adds to blocks, whose scales of scales are the smallest.
+
+    The same rows are rounded again times a power of two, as above.
+    """
+    peak = np.abs(values).max(1)
+    small = values[(peak > 0) & (peak < _SMALL_ROW)]
+    if not small.size:
+        return 0.0
+    power = 2.0**20
+    raised = _block_error(small * np.float32(power), grid) / power**2
+    return max(_block_error(small, grid) - raised, 0.0)
+
+
+def _block_error(values: Float32, grid: BlockGrid) -> float:
+    alike = np.ones(values.shape[1], np.float32)
+    return _squared(values - kquants.round_blocks(values, grid, alike).dequantize())
 
 
 def _rtn_error(table: Float32, grid: Grid) -> float:
@@ -385,14 +407,15 @@ def _write_weight(choice: Choice, blocks: Iterable[_Block], append: store.Append
 def _checked(name: str, record: Record) -> Record:
     if not math.isfinite(record.error):
         raise Unsupported(
-            f"{name}: ggml's kernel made weights of it that are no numbers",
-            "its values or their importance are beyond what the kernel's float32 sums hold",
+            f"{name}: rounding made weights of it that are no numbers",
+            "its values or their importance are beyond what float16 scales or float32 sums hold",
             f'leave it as it is: "{name}" = "{FLOAT}"',
         )
     if record.added <= _ADDED_LIMIT:
         return record
     raise Unsupported(
-        f"{name}: its scales lie outside of 2^-17 to {SCALE_CEILING:.0f}",
-        f"float16 holds no such scale; the nearest ones add {record.added:.1%} relative error",
+        f"{name}: float16 holds no such scales as it needs",
+        f"they lie outside of 2^-17 to {SCALE_CEILING:.0f}; the nearest ones add"
+        f" {record.added:.1%} relative error",
         f'rescale the weight in training, or leave it as it is: "{name}" = "{FLOAT}"',
     )

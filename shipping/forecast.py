@@ -11,15 +11,19 @@ from typing import Any
 
 from ..architectures import Kind
 from ..export.container import Container
-from ..quantize.plan import Plan, grid_summary
+from ..quantize.blocks import BlockGrid
+from ..quantize.plan import Choice, Plan, grid_summary
 from ..recipe import Recipe
 from .shipment import plan_jobs
 from .source import Source, open_source, plan_of
 
 # Measured on two cores of a server CPU; a forecast, and said to be one.
 _RTN_SECONDS = 4e-9  # per weight: search, packing, read-back, digests
+_BLOCK_SECONDS = 3e-8  # in place of it for ggml's types
+_KERNEL_SECONDS = 2e-7  # by ggml's kernels; from k-quants to i-quants a quarter to three times
 _GPTQ_SECONDS = 1.3e-10  # per weight and input column of its matrix
-_FORWARD_SECONDS = 1.5e-11  # per weight and token: one calibration pass is three of them
+_FORWARD_SECONDS = 1.5e-11  # per weight and token
+_PASSES = {"gptq": 3, "imatrix": 1}  # over the calibration text
 _JUDGE_SECONDS = 2.5e-11  # per weight and token: oracle, codes and artifact
 _START_MEMORY = 350_000_000  # the libraries themselves
 _BLOCK_MEMORY = 100_000_000  # blocks of rows in flight
@@ -133,13 +137,23 @@ def _temporary(recipe: Recipe, plan: Plan, source: Source) -> int:
 
 
 def _seconds(recipe: Recipe, plan: Plan, source: Source) -> float:
-    every = sum(prod(choice.weight.shape) for choice in plan.choices)
-    calibrated = [choice.weight.shape for choice in plan.choices if choice.method == "gptq"]
+    rounded = sum(_rounding(choice) * prod(choice.weight.shape) for choice in plan.choices)
+    layers = sum(prod(choice.weight.shape) for choice in plan.choices if choice.weight.is_linear)
+    solved = [choice.weight.shape for choice in plan.choices if choice.method == "gptq"]
+    passes = max((count for method, count in _PASSES.items() if plan.uses(method)), default=0)
+    if recipe.quantize.imatrix:
+        passes = 0
     tokens = recipe.quantize.calibration_windows * recipe.quantize.calibration_length
     judged = 2 * recipe.validate.windows * recipe.validate.window_length
-    gptq = sum(_GPTQ_SECONDS * prod(shape) * shape[1] for shape in calibrated)
-    forward = sum(3 * _FORWARD_SECONDS * prod(shape) * tokens for shape in calibrated)
-    return 10 + _RTN_SECONDS * every + gptq + forward + _JUDGE_SECONDS * every * judged
+    gptq = sum(_GPTQ_SECONDS * prod(shape) * shape[1] for shape in solved)
+    forward = passes * _FORWARD_SECONDS * layers * tokens
+    return 10 + rounded + gptq + forward + _JUDGE_SECONDS * plan.parameters * judged
+
+
+def _rounding(choice: Choice) -> float:
+    if not isinstance(choice.grid, BlockGrid):
+        return _RTN_SECONDS
+    return _KERNEL_SECONDS if choice.method == "imatrix" else _BLOCK_SECONDS
 
 
 def _free(folder: Path) -> int:

@@ -269,6 +269,7 @@ def _manifest(
         "digests": {name: record.digest for name, record in quantized.records.items()},
         "errors": dict(quantized.errors),
         "plan": quantized.plan.to_json(),
+        "fallbacks": quantized.plan.fallbacks,
         "config": _public(quantized.config),
         "inputs": assembly.inputs(source, quantized, texts.judged),
         "recipe": recipe.to_json(),

@@ -24,6 +24,7 @@ def bundle(folder: Path) -> None:
     files = [[entry["path"], format_size(entry["bytes"])] for entry in manifest["files"]]
     table(f"{folder}", ["file", "bytes"], files)
     if not manifest["validated"]:
+        fallbacks(manifest["fallbacks"])
         print("Not validated (--no-validate): `slimport check` will refuse it.")
         return
     report(report_of(folder))
@@ -121,13 +122,15 @@ def forecast(found: Forecast) -> None:
         print("Not enough free disk: free some, or give another --output.")
     fallbacks(found.fallbacks)
     for name, reason in found.floats.items():
-        print(f"{name}: {reason}")
+        if reason not in found.fallbacks:
+            print(f"{name}: {reason}")
 
 
 def fallbacks(found: Mapping[str, Sequence[str]]) -> None:
     """What a mix could not give its own type, and what it has instead."""
     for reason, names in found.items():
-        print(f"{len(names)} weights, {reason} ({names[0]}{', ...' if names[1:] else ''})")
+        more = "s" if names[1:] else ""
+        print(f"{len(names)} weight{more}, {reason} ({names[0]}{', ...' if more else ''})")
 
 
 def grids(rows: Rows) -> None:

@@ -28,9 +28,16 @@ _ARCHITECTURES = {
     "granite": (4000, "the Granite architecture, #9412"),
 }
 _LLAMA3_ROPE = (3500, "the rope_freqs tensor of Llama 3.1, #8676")
+_Q2_0 = (11549, "the type Q2_0; no older build was tried")
+_TERNARY = (3700, "the types TQ1_0 and TQ2_0, #8151")
+# k-quants and i-quants are older than any build named here.
 _GRIDS = {
-    "int2-g64": (11549, "the type Q2_0; no older build was tried"),
-    "int2-g256": (3700, "the type TQ2_0, #8151"),
+    "int2-g64": _Q2_0,
+    "Q2_0": _Q2_0,
+    "int2-g256": _TERNARY,
+    "TQ1_0": _TERNARY,
+    "TQ2_0": _TERNARY,
+    "MXFP4": (6100, "the type MXFP4, #15091"),
 }
 _ADAPTER = (4000, "GGUF adapters, #8332")
 _OLD_TOKENIZERS = ("gpt-2", "llama-bpe", "qwen2")  # pre-tokenizers that those builds know

@@ -17,14 +17,13 @@ import torch
 from torch import Tensor
 
 from ...errors import BadInput
-from .. import blocks
 from ..blocks import AnyGrid, BlockGrid, Quantized
 from ..codes import CODES
 from ..compiled import compiled
 from ..grid import Float32, Int8
 from ..recode import low_and_step, replace_codes
 from ..tensor import QuantizedTensor
-from . import rtn
+from . import kquants, rtn
 
 _DAMPINGS = (0.01, 0.1, 1.0)  # of the mean diagonal; the next one only if the factor fails
 _GIVEN_BACK = np.float32(0.5)  # of the drift; all of it fits the calibration text too closely
@@ -40,8 +39,8 @@ def solve(
 
     Args:
         weight: float32 (rows, columns), finite.
-        grid: its scales are those of RTN's search, or of ggml's kernel with the Hessian's diagonal
-            as importance; the ggml types are those of `codes.CODES`.
+        grid: its scales are those of RTN's search, with the Hessian's diagonal as importance for a
+            ggml type; of these all in `codes.CODES`.
         hessian: float32 (columns, columns), mean of x x^T over inputs x. A column that was never
             active (zero on the diagonal) keeps its RTN codes.
         drift: float32 (rows, columns), mean of d x^T; d is what earlier errors took from the
@@ -76,7 +75,7 @@ def solve(
 def _rounded(weight: Float32, grid: AnyGrid, importance: Float32 | None) -> Quantized:
     """Scales, and the codes of columns that are not chosen here."""
     if isinstance(grid, BlockGrid):
-        return blocks.solve(weight, grid, importance)
+        return kquants.round_blocks(weight, grid, importance)
     return rtn.solve(weight, grid)
 
 

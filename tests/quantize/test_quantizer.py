@@ -311,8 +311,20 @@ def test_gptq_does_not_start_from_an_importance_matrix(wide, tmp_path):
         run(wide, wide, tmp_path / "a", windows=Imatrix({}, 1, 1, ()), preset="Q4_K_M")
 
 
-def test_weights_that_ggmls_kernel_breaks_are_refused(wide, tmp_path):
-    huge = Changed(wide, **{UP: wide.rows(UP) * np.float32(1e30)})
+@pytest.mark.parametrize("preset", ["Q4_K_M", "Q4_0", "IQ4_NL"])
+@pytest.mark.parametrize("factor", [1e8, 1e30])
+def test_weights_beyond_the_scales_of_blocks_are_refused(preset, factor, wide, tmp_path):
+    huge = Changed(wide, **{UP: wide.rows(UP) * np.float32(factor)})
     with pytest.raises(Unsupported, match="no numbers"):
-        run(huge, wide, tmp_path / "a", preset="Q4_K_M", method="rtn")
+        run(huge, wide, tmp_path / "a", preset=preset, method="rtn")
     assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("preset", ["Q4_K_M", "Q4_0", "IQ4_XS"])
+def test_weights_below_the_scales_of_blocks_are_refused(preset, wide, tmp_path):
+    tiny = Changed(wide, **{UP: wide.rows(UP) * np.float32(1e-7)})
+    with pytest.raises(Unsupported, match="float16 holds no such scales"):
+        run(tiny, wide, tmp_path / "a", preset=preset, method="rtn")
+    little = Changed(wide, **{UP: wide.rows(UP) * np.float32(0.1)})
+    made = run(little, wide, tmp_path / "a", preset=preset, method="rtn")
+    assert made.records[UP].added < 1e-3
