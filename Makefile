@@ -36,6 +36,7 @@ lint: setup
 
 bench: setup
 	$(BIN)/python benchmarks/quality.py
+	$(BIN)/python benchmarks/kernels.py
 	$(BIN)/python benchmarks/export_speed.py
 	$(BIN)/python benchmarks/export_memory.py
 

@@ -1,9 +1,9 @@
 """KL divergence by type and method: ggml's kernels beside ours, at the same bytes.
 
-Every row is a real file, run in llama.cpp (f16 KV cache) against transformers in float32 on
-held-out text. Only the Linears differ: tables are int8-row in all files but those of a mix, which
-has tables of its own. ggml's importance matrix is the mean of x^2 over the very windows that GPTQ
-is calibrated on.
+Every row is a real file, run in llama.cpp (f16 KV cache but where another is named) against
+transformers in float32 on held-out text. Only the Linears differ: tables are int8-row in all files
+but those of a mix, which has tables of its own. ggml's importance matrix is the mean of x^2 over
+the very windows that GPTQ is calibrated on.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import argparse
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 
@@ -194,7 +194,11 @@ def measure(case: Case, wanted: list[str] | None) -> Iterator[Row]:
             if any(c.grid is None for c in plan.choices if c.weight.is_linear):
                 print(f"{kind:16}n/a: its rows do not divide into blocks")
                 break
-            yield _row(case, kind, name, peer, plan, solve)
+            row = _row(case, kind, name, peer, plan, solve)
+            yield row
+            if (kind, name) == ("int4-g32", "gptq"):
+                for cache in ("q8_0", "q4_0"):
+                    yield replace(row, method=f"gptq, KV {cache}", found=_judged(case, cache))
     for mix in _MIXES:
         if wanted and mix not in wanted:
             continue
@@ -256,9 +260,7 @@ def _row(case: Case, kind: str, method: str, peer: str, plan: Plan, solve: Solve
     quantized = solve(case, plan)
     seconds = time.perf_counter() - started
     gguf.write(quantized, case.tokenizer, case.work)
-    artifact = case.work / "artifact.npy"
-    llamacpp.logits(case.work / gguf.FILE, case.held_out.ids, artifact)
-    found = divergence.compare(case.oracle, artifact, case.held_out.ids)
+    found = _judged(case)
     sizes = gguf.tensor_bytes(case.decoder, plan)
     counted = [
         choice.weight
@@ -268,6 +270,13 @@ def _row(case: Case, kind: str, method: str, peer: str, plan: Plan, solve: Solve
     nbytes = sum(sizes[weight.name] for weight in counted)
     bits = 8 * nbytes / sum(prod(weight.shape) for weight in counted)
     return Row(kind, method, peer, nbytes, bits, seconds, found)
+
+
+def _judged(case: Case, kv_cache: str = "f16") -> Divergence:
+    """The file that was written last, in llama.cpp."""
+    artifact = case.work / "artifact.npy"
+    llamacpp.logits(case.work / gguf.FILE, case.held_out.ids, artifact, kv_cache=kv_cache)
+    return divergence.compare(case.oracle, artifact, case.held_out.ids)
 
 
 if __name__ == "__main__":
