@@ -28,7 +28,7 @@ from .rtn import LANES, Vector
 Int16 = npt.NDArray[np.int16]
 
 _SUPER = 256
-_LEAST = np.float32(1e-8)  # importance, of the largest
+_LEAST = np.float32(1e-5)
 _LARGE = np.float32(0.3)  # of the mean square: about where a weight begins to be large
 
 
@@ -54,9 +54,7 @@ def solve(weight: Float32, grid: BlockGrid, importance: Float32 | None = None) -
     table = np.ascontiguousarray(weight, np.float32).reshape(-1, size)
     costs = np.ones_like(table)
     if importance is not None and importance.any():
-        # What never mattered still decides where nothing else does.
-        inputs = np.maximum(importance / importance.max(), _LEAST).astype(np.float32)
-        _weigh(table.reshape(-1, _SUPER), inputs.reshape(-1, _SUPER), costs.reshape(-1, _SUPER))
+        _weigh(table.reshape(-1, _SUPER), _relative(importance), costs.reshape(-1, _SUPER))
     first = np.float32(layout.first)
     ends = first, first + np.float32(len(CODES[grid.type].levels) - 1)
     scale, low = np.empty(len(table), np.float32), np.zeros(len(table), np.float32)
@@ -81,6 +79,18 @@ def solve(weight: Float32, grid: BlockGrid, importance: Float32 | None = None) -
     _encode(table, ends, step.reshape(-1), minimum.reshape(-1), codes)
     empty = BlockTensor(grid, blocks.reshape(rows, -1))
     return replace_codes(empty, codes.reshape(rows, columns), np.arange(columns))
+
+
+def _relative(importance: Float32) -> Float32:
+    """To the largest of a super-block, float32 (super-blocks of a row, _SUPER).
+
+    Not below _LEAST: the sums of a fit are float32 too, and inputs that never mattered decide where
+    nothing else does.
+    """
+    inputs = importance.reshape(-1, _SUPER)
+    peak = inputs.max(1, keepdims=True)
+    relative: Float32 = np.maximum(inputs / np.where(peak > 0, peak, np.float32(1)), _LEAST)
+    return relative
 
 
 @compiled
