@@ -18,6 +18,7 @@ from slimport.quantize import blocks
 from slimport.quantize.blocks import BlockGrid, BlockTensor
 from slimport.quantize.grid import Float32
 from slimport.quantize.methods import kquants
+from slimport.quantize.subscales import LAYOUTS
 
 _SHAPE = (5632, 2048)  # TinyLlama's up projection
 _ROWS = 512
@@ -34,7 +35,7 @@ def main() -> None:
     weight = rng.standard_normal(_SHAPE, np.float32) * np.float32(0.02)
     print(f"{'type':8}{'ggml CPU-s':>11}{'ours':>8}{'ratio':>7}", end="")
     print(f"{'ggml wall s':>13}{'ours':>8}{'ratio':>7}{'ggml error':>12}{'ours':>8}")
-    for kind in kquants.LAYOUTS:
+    for kind in LAYOUTS:
         _print_row(weight, BlockGrid(kind), rounds)
 
 

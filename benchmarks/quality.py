@@ -26,10 +26,11 @@ from slimport.quantize.codes import CODES
 from slimport.quantize.ggml import NEEDS_IMPORTANCE
 from slimport.quantize.grid import Float32
 from slimport.quantize.imatrix import Imatrix
-from slimport.quantize.methods import kquants, rtn
+from slimport.quantize.methods import rtn
 from slimport.quantize.plan import FLOAT, Choice, Plan, make_plan
 from slimport.quantize.quantizer import quantize, restore
 from slimport.quantize.store import QuantizedCheckpoint
+from slimport.quantize.subscales import LAYOUTS
 from slimport.quantize.windows import Windows, read_text, token_windows
 from slimport.tokenizer.tokenizer import Tokenizer
 from slimport.validation import divergence
@@ -216,7 +217,7 @@ def _candidates(kind: str) -> Iterator[tuple[str, str, Solver]]:
         if grid.type not in NEEDS_IMPORTANCE:
             yield "ggml", "rtn", _by_ggml
         yield "ggml + imatrix", "imatrix", _by_slimport
-    if grid is None or grid.type in kquants.LAYOUTS:
+    if grid is None or grid.type in LAYOUTS:
         yield "rtn", "rtn", _by_slimport
     if grid is None or grid.type in CODES:
         yield "gptq", "gptq", _by_slimport

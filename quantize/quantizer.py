@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -23,11 +23,11 @@ from ..architectures import DecoderConfig, decoder_config
 from ..checkpoint import Weights
 from ..errors import Unsupported, UsageError
 from . import blocks as ggml_blocks
-from . import store
+from . import loss, store
 from .blocks import BlockGrid, BlockTensor, Quantized
-from .compiled import compiled
-from .grid import SCALE_CEILING, SCALE_FLOOR, Float32, Grid, Int8
+from .grid import SCALE_CEILING, Float32, Int8
 from .imatrix import Imatrix
+from .loss import NOTHING, Loss
 from .methods import kquants, rtn
 from .packing import UInt8, pack
 from .plan import FLOAT, Choice, Plan
@@ -41,8 +41,6 @@ Importance = Mapping[str, Float32]
 
 _BLOCK = 1 << 20  # weights in one block of rows: 4 MB as float32
 _ADDED_LIMIT = 0.01  # relative RMSE that the floor of the scales may add
-_SMALL_ROW = 2.0**-8  # rows below it may need scales of blocks that float16 rounds coarsely
-_LANES = 32
 
 
 def quantize(
@@ -154,8 +152,7 @@ class _Block:
         values: int8 codes, ggml's blocks, or float32 values of a weight without a grid.
         stored: the same as they are written.
         scale: of codes.
-        error, norm: sums of squares, of the error and of the weights.
-        added: the part of `error` that comes from the limits of scales.
+        lost: by rounding.
     """
 
     name: str
@@ -163,9 +160,7 @@ class _Block:
     values: Int8 | UInt8 | Float32
     stored: UInt8 | Float32
     scale: Float32 | None = None
-    error: float = 0.0
-    norm: float = 0.0
-    added: float = 0.0
+    lost: Loss = NOTHING
 
 
 def _blocks(
@@ -263,96 +258,11 @@ def _rounded(values: Float32, choice: Choice, importance: Float32 | None) -> Qua
 
 
 def _quantized_block(name: str, values: Float32, tensor: Quantized) -> _Block:
-    values = np.ascontiguousarray(values)
+    lost = loss.measure(np.ascontiguousarray(values), tensor)
     if isinstance(tensor, BlockTensor):
-        error, norm = _squared(values - tensor.dequantize()), _squared(values)
-        added = _added_to_small_rows(values, tensor.grid)
-        return _Block(name, values.size, tensor.blocks, tensor.blocks, None, error, norm, added)
-    codes, scale = tensor.codes, tensor.scale
-    table = values.reshape(scale.size, -1)
-    error, norm = _squares(table, codes.reshape(table.shape), scale.reshape(-1))
-    added = _added_by_limits(table, scale.reshape(-1), tensor.grid)
-    stored = pack(codes, tensor.grid.bits)
-    return _Block(name, values.size, codes, stored, scale, error, norm, added)
-
-
-def _added_by_limits(table: Float32, scale: Float32, grid: Grid) -> float:
-    """Squared error that SCALE_FLOOR and SCALE_CEILING add to the groups of `table`.
-
-    The same groups are solved again times a power of two that takes their scales off the limits.
-    """
-    alone = replace(grid, group=None)  # each group as a row of its own
-    added = 0.0
-    for limit, power in ((SCALE_FLOOR, 2.0**30), (SCALE_CEILING, 2.0**-30)):
-        bound = table[np.abs(scale) == limit]
-        if bound.size:
-            added += _rtn_error(bound, alone)
-            added -= _rtn_error(bound * np.float32(power), alone) / power**2
-    return max(added, 0.0)
-
-
-def _added_to_small_rows(values: Float32, grid: BlockGrid) -> float:
-    """Squared error that float16's end adds to blocks, whose scales of scales are the smallest.
-
-    The same rows are rounded again times a power of two, as above.
-    """
-    peak = np.abs(values).max(1)
-    small = values[(peak > 0) & (peak < _SMALL_ROW)]
-    if not small.size:
-        return 0.0
-    power = 2.0**20
-    raised = _block_error(small * np.float32(power), grid) / power**2
-    return max(_block_error(small, grid) - raised, 0.0)
-
-
-def _block_error(values: Float32, grid: BlockGrid) -> float:
-    alike = np.ones(values.shape[1], np.float32)
-    return _squared(values - kquants.round_blocks(values, grid, alike).dequantize())
-
-
-def _rtn_error(table: Float32, grid: Grid) -> float:
-    tensor = rtn.solve(table, grid)
-    return _squares(table, tensor.codes, tensor.scale.reshape(-1))[0]
-
-
-@compiled
-def _squares(table: Float32, codes: Int8, scale: Float32) -> tuple[float, float]:
-    """Sums of squares over `table` (groups, size): of its error under codes and scale, of itself.
-
-    In lanes, as everything that has to be the same on any CPU.
-    """
-    error = np.zeros(_LANES)
-    norm = np.zeros(_LANES)
-    groups, size = table.shape
-    whole = size - size % _LANES
-    for group in range(groups):
-        step = scale[group]
-        for first in range(0, whole, _LANES):
-            for lane in range(_LANES):
-                value = table[group, first + lane]
-                miss = value - step * np.float32(codes[group, first + lane])
-                error[lane] += miss * miss
-                norm[lane] += value * value
-        for j in range(whole, size):
-            value = table[group, j]
-            miss = value - step * np.float32(codes[group, j])
-            error[j - whole] += miss * miss
-            norm[j - whole] += value * value
-    return error.sum(), norm.sum()
-
-
-@compiled
-def _squared(values: Float32) -> float:
-    """Sum of squares of a matrix, in lanes."""
-    total = np.zeros(_LANES)
-    flat = values.reshape(-1)
-    whole = flat.size - flat.size % _LANES
-    for first in range(0, whole, _LANES):
-        for lane in range(_LANES):
-            total[lane] += flat[first + lane] * flat[first + lane]
-    for j in range(whole, flat.size):
-        total[j - whole] += flat[j] * flat[j]
-    return float(total.sum())
+        return _Block(name, values.size, tensor.blocks, tensor.blocks, None, lost)
+    stored = pack(tensor.codes, tensor.grid.bits)
+    return _Block(name, values.size, tensor.codes, stored, tensor.scale, lost)
 
 
 def _write(
@@ -386,11 +296,11 @@ def _write_weight(choice: Choice, blocks: Iterable[_Block], append: store.Append
     weight, grid = choice.weight, choice.grid
     digest = start_digest(weight.name, grid.name if grid else "float32", weight.shape)
     scales = []
-    error = norm = added = 0.0
+    lost = NOTHING
     for block in blocks:
         append(block.stored.data)
         digest.update(block.values.data)
-        error, norm, added = error + block.error, norm + block.norm, added + block.added
+        lost += block.lost
         if block.scale is not None:
             scales.append(block.scale)
     if grid is None:
@@ -399,9 +309,8 @@ def _write_weight(choice: Choice, blocks: Iterable[_Block], append: store.Append
         scale = np.concatenate(scales)
         append(scale.astype("<f2").data)
         digest.update(scale.astype("<f4").data)
-    relative = math.sqrt(error / norm) if norm else 0.0
-    without = math.sqrt(max(error - added, 0.0) / norm) if norm else 0.0
-    return _checked(weight.name, Record(digest.hexdigest(), relative, relative - without))
+    record = Record(digest.hexdigest(), lost.relative, lost.relative - lost.without_limits)
+    return _checked(weight.name, record)
 
 
 def _checked(name: str, record: Record) -> Record:

@@ -10,11 +10,7 @@ Sub-blocks lie side by side in tiles of LANES, as in rtn.py and for its reasons.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
-
 import numpy as np
-import numpy.typing as npt
 
 from ..blocks import BlockGrid, BlockTensor
 from ..blocks import solve as by_ggml
@@ -23,12 +19,22 @@ from ..compiled import compiled
 from ..ggml import BLOCKS, Type, UInt8
 from ..grid import Float32
 from ..recode import replace_codes
+from ..subscales import LAYOUTS, SUPER, Int16
 from .rtn import LANES, Vector
 
-Int16 = npt.NDArray[np.int16]
-
-_SUPER = 256
 _LEAST = np.float32(1e-5)
+# How many steps the weights of a sub-block may span; all are tried.
+_RANGES = {
+    Type.Q2_K: np.linspace(1.8, 4.2, 16),
+    Type.Q3_K: np.linspace(2.6, 5.0, 10),
+    Type.Q4_K: np.linspace(13.2, 16.2, 16),
+    Type.Q5_K: np.linspace(29.2, 32.2, 12),
+    Type.Q6_K: np.linspace(30, 34, 12),
+}
+# What may be added to the small scale and the small minimum of a sub-block.
+_MOVES = np.array(
+    [(0, 0), (-1, 0), (1, 0), (0, -1), (0, 1), (-1, -1), (-1, 1), (1, -1), (1, 1)], np.int16
+)
 _LARGE = np.float32(0.3)  # of the mean square: about where a weight begins to be large
 
 
@@ -52,26 +58,25 @@ def solve(weight: Float32, grid: BlockGrid, importance: Float32 | None = None) -
     layout, size = LAYOUTS[grid.type], CODES[grid.type].group
     rows, columns = weight.shape
     table = np.ascontiguousarray(weight, np.float32).reshape(-1, size)
+    ranges = _RANGES[grid.type].astype(np.float32)
     costs = np.ones_like(table)
     if importance is not None and importance.any():
-        _weigh(table.reshape(-1, _SUPER), _relative(importance), costs.reshape(-1, _SUPER))
+        _weigh(table.reshape(-1, SUPER), _relative(importance), costs.reshape(-1, SUPER))
     first = np.float32(layout.first)
     ends = first, first + np.float32(len(CODES[grid.type].levels) - 1)
     scale, low = np.empty(len(table), np.float32), np.zeros(len(table), np.float32)
-    if layout.first < 0:
-        _fit_signed(table, costs, ends, layout.ranges, scale)
+    if layout.signed:
+        _fit_signed(table, costs, ends, ranges, scale)
     else:
-        _fit_with_minimum(table, costs, ends[1], layout.ranges, scale, low)
-    per = _SUPER // size
+        _fit_with_minimum(table, costs, ends[1], ranges, scale, low)
+    per = SUPER // size
     small, shared = _shared(scale.reshape(-1, per), layout.limits)
     small_low, shared_low = _shared(-low.reshape(-1, per), layout.limits)
-    moves = _MOVES[:3] if layout.first < 0 else _MOVES
+    moves = _MOVES[:3] if layout.signed else _MOVES
     flat = small.reshape(-1), small_low.reshape(-1)
     _settle(table, costs, ends, layout.limits, moves, shared, shared_low, *flat)
     blocks = np.zeros((len(shared), BLOCKS[grid.type][1]), np.uint8)
-    layout.put(blocks, small, small_low)
-    for place, values in zip(layout.shared, (shared, shared_low), strict=False):
-        blocks[:, place : place + 2] = values.astype("<f2")[:, None].view(np.uint8)
+    layout.write(blocks, (small, small_low), (shared, shared_low))
     codes = np.empty(table.shape, np.uint8)
     with np.errstate(invalid="ignore"):  # a shared scale beyond float16 makes no numbers of all
         step = (shared[:, None] * small).astype(np.float32)
@@ -82,12 +87,12 @@ def solve(weight: Float32, grid: BlockGrid, importance: Float32 | None = None) -
 
 
 def _relative(importance: Float32) -> Float32:
-    """To the largest of a super-block, float32 (super-blocks of a row, _SUPER).
+    """To the largest of a super-block, float32 (super-blocks of a row, SUPER).
 
     Not below _LEAST: the sums of a fit are float32 too, and inputs that never mattered decide where
     nothing else does.
     """
-    inputs = importance.reshape(-1, _SUPER)
+    inputs = importance.reshape(-1, SUPER)
     peak = inputs.max(1, keepdims=True)
     relative: Float32 = np.maximum(inputs / np.where(peak > 0, peak, np.float32(1)), _LEAST)
     return relative
@@ -100,9 +105,9 @@ def _weigh(table: Float32, inputs: Float32, costs: Float32) -> None:
         square = np.float32(0)
         for value in table[block]:
             square += value * value
-        floor = _LARGE * square / np.float32(_SUPER)
+        floor = _LARGE * square / np.float32(SUPER)
         matter = inputs[block % inputs.shape[0]]
-        for j in range(_SUPER):
+        for j in range(SUPER):
             costs[block, j] = matter[j] * np.sqrt(floor + table[block, j] * table[block, j])
 
 
@@ -337,60 +342,3 @@ def _encode(
             code = first_code if code < first_code else code
             code = last_code if code > last_code else code
             codes[group, j] = np.uint8(np.int32(code - first_code))
-
-
-def _put_4_bits(blocks: UInt8, scale: Int16, low: Int16) -> None:
-    blocks[:, :16] = scale | low << 4
-
-
-def _put_6_bits(blocks: UInt8, scale: Int16, low: Int16) -> None:
-    """The first four of each whole, the high bits of the last four beside them."""
-    blocks[:, 4:8] = scale[:, :4] | scale[:, 4:] >> 4 << 6
-    blocks[:, 8:12] = low[:, :4] | low[:, 4:] >> 4 << 6
-    blocks[:, 12:16] = scale[:, 4:] & 15 | (low[:, 4:] & 15) << 4
-
-
-def _put_signed_6_bits(blocks: UInt8, scale: Int16, low: Int16) -> None:
-    """Plus 32: low bits of scale i and i + 8 in byte i, then high bits of four in a byte."""
-    raised = scale + 32
-    blocks[:, 96:104] = raised[:, :8] & 15 | (raised[:, 8:] & 15) << 4
-    high = (raised >> 4).reshape(-1, 4, 4)
-    blocks[:, 104:108] = (high << np.array([[0], [2], [4], [6]])).sum(1)
-
-
-def _put_8_bits(blocks: UInt8, scale: Int16, low: Int16) -> None:
-    blocks[:, 192:208] = scale.astype(np.int8).view(np.uint8)
-
-
-class _Layout(NamedTuple):
-    """What differs between types.
-
-    Attributes:
-        first: the code that is stored as 0; below 0: scales have a sign, there are no minimums.
-        limits: the smallest and largest scale (and minimum) of a sub-block.
-        ranges: how many steps the weights of a sub-block may span; all are tried.
-        shared: where a block keeps the shared scale and, if it has one, the shared minimum.
-        put: writes the numbers of the sub-blocks into blocks.
-    """
-
-    first: int
-    limits: tuple[int, int]
-    ranges: Float32
-    shared: tuple[int, ...]
-    put: Callable[[UInt8, Int16, Int16], None]
-
-
-def _ranges(least: float, most: float, count: int) -> Float32:
-    return np.linspace(least, most, count).astype(np.float32)
-
-
-_MOVES = np.array(
-    [(0, 0), (-1, 0), (1, 0), (0, -1), (0, 1), (-1, -1), (-1, 1), (1, -1), (1, 1)], np.int16
-)
-LAYOUTS = {
-    Type.Q2_K: _Layout(0, (0, 15), _ranges(1.8, 4.2, 16), (80, 82), _put_4_bits),
-    Type.Q3_K: _Layout(-4, (-32, 31), _ranges(2.6, 5.0, 10), (108,), _put_signed_6_bits),
-    Type.Q4_K: _Layout(0, (0, 63), _ranges(13.2, 16.2, 16), (0, 2), _put_6_bits),
-    Type.Q5_K: _Layout(0, (0, 63), _ranges(29.2, 32.2, 12), (0, 2), _put_6_bits),
-    Type.Q6_K: _Layout(-32, (-128, 127), _ranges(30, 34, 12), (208,), _put_8_bits),
-}

@@ -19,9 +19,10 @@ from slimport.quantize.ggml import Type
 from slimport.quantize.grid import Float32
 from slimport.quantize.methods import kquants
 from slimport.quantize.recode import low_and_step
+from slimport.quantize.subscales import LAYOUTS
 
 MODELS = Path(__file__).parents[3] / "shared" / "models"
-every_type = pytest.mark.parametrize("kind", kquants.LAYOUTS, ids=lambda kind: kind.name)
+every_type = pytest.mark.parametrize("kind", LAYOUTS, ids=lambda kind: kind.name)
 
 
 def normal(rows: int, columns: int, seed: int = 0) -> Float32:
