@@ -1,1 +1,1 @@
-"""What tokenizer.json says: ids, pieces, the pre-tokenizer's kind, chat template."""
+"""What tokenizer.json or tokenizer.model says: ids, pieces, pre-tokenizer, chat template."""

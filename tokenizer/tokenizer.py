@@ -1,7 +1,7 @@
 """The tokenizer of a model: tokenizer.json as it is, special ids, chat template.
 
 tokenizer.json is loaded by the tokenizers library itself. transformers' AutoTokenizer rebuilds
-some tokenizers and then ignores their normalizer.
+some tokenizers and then ignores their normalizer. tokenizer.model is read where it stands alone.
 """
 
 from __future__ import annotations
@@ -18,8 +18,23 @@ import tokenizers
 from ..checkpoint import TOKENIZER_FILES, read_json, refuse_lfs_pointer
 from ..errors import BadInput, Unsupported
 from .conformance import MESSAGES, TEXTS
-from .vocabulary import Kind, Piece, Scheme, read_pieces, read_scheme, space_charsmap
+from .sentencepiece import read_sentencepiece
+from .vocabulary import (
+    Kind,
+    Piece,
+    Scheme,
+    contradiction,
+    read_pieces,
+    read_scheme,
+    space_charsmap,
+)
 
+_SETTINGS = (
+    "tokenizer_config.json",
+    "added_tokens.json",
+    "generation_config.json",
+    "config.json",
+)
 _EOS_TOKENS = ("eos_token", "eot_token", "eom_token")
 
 
@@ -37,7 +52,7 @@ class Tokenizer:
         chat_template: Jinja source, None for a model without one.
         special: the texts of special tokens that a chat template may use, such as `bos_token`.
         library: the tokenizers library's object.
-        spec: tokenizer.json.
+        spec: tokenizer.json, or what it would be.
     """
 
     folder: Path
@@ -57,16 +72,20 @@ class Tokenizer:
         """Read the tokenizer of a model folder; `pre` overrides the pre-tokenizer found there.
 
         Raises:
-            BadInput: tokenizer.json is missing, unreadable or contradicts the other files.
+            BadInput: no tokenizer, or one that is unreadable or contradicts the other files.
             Unsupported: llama.cpp would give other ids for some text.
         """
-        library = _load(folder / "tokenizer.json")
-        spec = json.loads(library.to_str())
-        settings, generation, config = (
-            read_json(folder / name) if (folder / name).exists() else {}
-            for name in ("tokenizer_config.json", "generation_config.json", "config.json")
+        settings, added, generation, config = (
+            read_json(folder / name) if (folder / name).exists() else {} for name in _SETTINGS
         )
         special = _special_tokens(settings)
+        model = folder / "tokenizer.model"
+        if model.exists() and not (folder / "tokenizer.json").exists():
+            refuse_lfs_pointer(model)
+            library, special = read_sentencepiece(model, settings, added, special)
+        else:
+            library = _load(folder / "tokenizer.json")
+        spec = json.loads(library.to_str())
         ids = _Ids(library, special, (generation, config))
         first = _ids_before_text(library)
         bos_id = first[0] if first else ids.one("bos")
@@ -207,13 +226,13 @@ class _Ids:
     def _of_text(self, token: str, text: str) -> int:
         index: int | None = self.library.token_to_id(text)
         if index is None:
-            raise _contradiction(f"{token} {text!r} is not in tokenizer.json")
+            raise contradiction(f"{token} {text!r} is not in the vocabulary")
         return index
 
     def _checked(self, key: str, index: Any) -> int:
         known = type(index) is int and 0 <= index < 2**31
         if not known or self.library.id_to_token(index) is None:
-            raise _contradiction(f"{key} = {index!r} is no id of tokenizer.json")
+            raise contradiction(f"{key} = {index!r} is no id of the vocabulary")
         return int(index)
 
 
@@ -222,7 +241,7 @@ def _load(path: Path) -> Any:
     if not path.is_file():
         raise BadInput(
             "tokenizer.json is missing",
-            f"there is none in {path.parent}, and other formats are not read",
+            f"there is none in {path.parent}, and no tokenizer.model either",
             "save it with transformers: AutoTokenizer.from_pretrained(...).save_pretrained(...)",
         )
     try:
@@ -272,13 +291,5 @@ def _chat_template(folder: Path, settings: Mapping[str, Any]) -> str | None:
         named = [t for t in template if isinstance(t, dict) and t.get("name") == "default"]
         template = named[0].get("template") if named else None
     if template is not None and not isinstance(template, str):
-        raise _contradiction(f"chat_template is {template!r}, neither a text nor a list of texts")
+        raise contradiction(f"chat_template is {template!r}, neither a text nor a list of texts")
     return template
-
-
-def _contradiction(what: str) -> BadInput:
-    return BadInput(
-        what,
-        "the files of the tokenizer do not belong together",
-        "take all of them from one revision of the model",
-    )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal
@@ -134,7 +134,7 @@ def read_pieces(
     vocab_size = last + 1 if vocab_size is None else vocab_size
     if last >= vocab_size:
         raise BadInput(
-            f"tokenizer.json has the id {last} ({texts[last]!r})",
+            f"the tokenizer has the id {last} ({texts[last]!r})",
             f"the model's embedding has {vocab_size} rows",
             "give the tokenizer that the model was trained with",
         )
@@ -234,10 +234,12 @@ def _sentencepiece_kind(spec: Mapping[str, Any]) -> Kind:
     bytes_known = sum(f"<0x{byte:02X}>" in vocab for byte in range(256))
     if model.get("ignore_merges") or model["unk_token"] not in vocab:
         raise _differs("it has ignore_merges, or no unknown token")
-    if model["byte_fallback"] and bytes_known == 256:
-        _refuse_other_merges(vocab, [(left, right) for left, right in merges])
-        return "spm"
     added = {token["content"] for token in spec["added_tokens"]}
+    if model["byte_fallback"] and bytes_known == 256:
+        # An added token is found before anything is merged, and spaces are marked after that.
+        merged = vocab.keys() - {text for text in added if SPACE not in text}
+        _refuse_other_merges(merged, vocab, [(left, right) for left, right in merges])
+        return "spm"
     if not merges and model["fuse_unk"] and all(len(p) == 1 for p in vocab.keys() - added):
         return "ugm"
     raise _differs(
@@ -254,8 +256,10 @@ def _scores(merges: Sequence[Sequence[str]]) -> dict[str, float]:
     return {piece: -float(place) for piece, place in order.items()}
 
 
-def _refuse_other_merges(vocab: Mapping[str, int], merges: Sequence[Merge]) -> None:
-    """Check that merging by score is merging by rank.
+def _refuse_other_merges(
+    merged: Collection[str], vocab: Collection[str], merges: Sequence[Merge]
+) -> None:
+    """Check that merging by score is merging by rank, for all pieces that can be `merged`.
 
     llama.cpp joins any two neighbours that make a piece, best score first. tokenizer.json joins
     only pairs that it lists, in their order. They agree if all pairs of one piece stand together
@@ -268,7 +272,7 @@ def _refuse_other_merges(vocab: Mapping[str, int], merges: Sequence[Merge]) -> N
         if piece in first and "".join(merges[rank - 1]) != piece:
             raise _differs(f"the merges into {piece!r} do not stand together")
         first.setdefault(piece, rank)
-    for piece in vocab:
+    for piece in merged:
         for cut in range(1, len(piece)):
             pair = piece[:cut], piece[cut:]
             if pair in ranks or pair[0] not in vocab or pair[1] not in vocab:
@@ -291,9 +295,18 @@ def _merging(text: str, ranks: Mapping[Merge, int]) -> Iterator[tuple[list[str],
         state = [*state[:place], state[place] + state[place + 1], *state[place + 2 :]]
 
 
+def contradiction(what: str) -> BadInput:
+    """Two files of a tokenizer say different things."""
+    return BadInput(
+        what,
+        "the files of the tokenizer do not belong together",
+        "take all of them from one revision of the model",
+    )
+
+
 def _differs(what: str) -> Unsupported:
     return Unsupported(
-        f"tokenizer.json: {what}",
+        f"the tokenizer cannot be held: {what}",
         "llama.cpp would give other ids for some text",
         "use a model with a byte-level BPE or a SentencePiece BPE tokenizer",
     )
