@@ -19,7 +19,8 @@ from tokenizers import AddedToken, decoders, models, normalizers
 from tokenizers.processors import TemplateProcessing
 
 from ..errors import BadInput, Unsupported
-from .vocabulary import SPACE, contradiction
+from .refusals import contradiction
+from .vocabulary import SPACE
 
 _PIECES, _TRAINER, _NORMALIZER = 1, 2, 3  # fields of the file
 _TEXT, _SCORE, _TYPE = 1, 2, 3  # of a piece

@@ -18,16 +18,9 @@ import tokenizers
 from ..checkpoint import TOKENIZER_FILES, read_json, refuse_lfs_pointer
 from ..errors import BadInput, Unsupported
 from .conformance import MESSAGES, TEXTS
+from .refusals import contradiction
 from .sentencepiece import read_sentencepiece
-from .vocabulary import (
-    Kind,
-    Piece,
-    Scheme,
-    contradiction,
-    read_pieces,
-    read_scheme,
-    space_charsmap,
-)
+from .vocabulary import Kind, Piece, Scheme, read_pieces, read_scheme, space_charsmap
 
 _SETTINGS = (
     "tokenizer_config.json",

@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal
 
-from ..errors import BadInput, Unsupported
+from ..errors import BadInput
+from .pretokenizers import ends_in_bytes, pre_name, steps
+from .refusals import differs
 
 Kind = Literal["spm", "bpe", "ugm"]
 PieceKind = Literal["normal", "unknown", "control", "user_defined", "unused", "byte"]
@@ -27,31 +29,6 @@ _SPACES_ARE_GONE = {
     "pattern": {"String": " "},
     "behavior": "MergedWithPrevious",
     "invert": False,
-}
-
-_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-_LLAMA3, _QWEN2 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
-    + digits
-    + r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-    for digits in (r"\p{N}{1,3}", r"\p{N}")
-)
-_DEEPSEEK_V3 = (
-    r"\p{N}{1,3}",
-    "[一-龥\u3040-ゟ\u30a0-ヿ]+",
-    r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
-    r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
-)
-# llama.cpp's tekken, gpt-4o and deepseek-coder part some letters otherwise than their regexes in
-# tokenizer.json (marks, letters without case, the ideographic space): these are refused.
-# (regexes applied in turn, ignore_merges) -> tokenizer.ggml.pre with the same behaviour.
-_PRE = {
-    ((_GPT2,), False): "gpt-2",
-    ((r"\p{N}", _GPT2), False): "smollm",
-    ((_LLAMA3,), True): "llama-bpe",
-    ((_LLAMA3,), False): "smaug-bpe",
-    ((_QWEN2,), False): "qwen2",
-    (_DEEPSEEK_V3, False): "deepseek-v3",
 }
 
 
@@ -90,24 +67,29 @@ def read_scheme(spec: Mapping[str, Any], pre: str | None = None) -> Scheme:
     """
     model = spec["model"]
     if model["type"] != "BPE":
-        raise _differs(f"its model is {model['type']}, and only BPE is held")
+        raise differs(f"its model is {model['type']}, and only BPE is held")
     for option in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(option):
-            raise _differs(f"its model has {option} = {model[option]!r}")
+            raise differs(f"its model has {option} = {model[option]!r}")
     _refuse_added_tokens(spec)
-    normalizers = _sequence(spec["normalizer"], "normalizers")
-    if _ends_in_bytes(spec["pre_tokenizer"]):
+    normalizers = steps(spec["normalizer"], "normalizers")
+    if ends_in_bytes(spec["pre_tokenizer"]):
         nfc = normalizers == [{"type": "NFC"}]
         if normalizers and not nfc:
-            raise _differs(f"it normalizes text with {normalizers}")
+            raise differs(f"it normalizes text with {normalizers}")
         _refuse_missing_bytes(model["vocab"])
-        return Scheme("bpe", pre or _pre_tokenizer(spec), space_prefix=False, nfc=nfc)
+        return Scheme(
+            "bpe",
+            pre or pre_name(spec["pre_tokenizer"], bool(model.get("ignore_merges"))),
+            space_prefix=False,
+            nfc=nfc,
+        )
     prepend = {"type": "Prepend", "prepend": SPACE}
     replace = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
     if replace not in normalizers or any(step not in (prepend, replace) for step in normalizers):
-        raise _differs(f"it normalizes text with {normalizers or 'nothing'}")
+        raise differs(f"it normalizes text with {normalizers or 'nothing'}")
     if spec["pre_tokenizer"] not in (None, _SPACES_ARE_GONE):
-        raise _differs(f"it splits text with {spec['pre_tokenizer']}")
+        raise differs(f"it splits text with {spec['pre_tokenizer']}")
     kind = _sentencepiece_kind(spec)
     return Scheme(kind, None, space_prefix=prepend in normalizers, nfc=False)
 
@@ -162,49 +144,6 @@ def space_charsmap() -> bytes:
     return struct.pack("<257I", 4 * len(cells), *cells) + SPACE.encode() + b"\0"
 
 
-def _pre_tokenizer(spec: Mapping[str, Any]) -> str:
-    ignore_merges = bool(spec["model"].get("ignore_merges"))
-    regexes = tuple(_regexes(spec["pre_tokenizer"]))
-    if name := _PRE.get((regexes, ignore_merges)):
-        return name
-    raise Unsupported(
-        f"tokenizer.json splits text in a way unknown here: {' then '.join(regexes) or 'none'}",
-        f"no pre-tokenizer of llama.cpp is known to do the same (ignore_merges {ignore_merges})",
-        "if you know its name in llama.cpp, give it with --pre NAME",
-    )
-
-
-def _sequence(step: Mapping[str, Any] | None, key: str) -> list[Any]:
-    if step is None:
-        return []
-    return list(step[key]) if step["type"] == "Sequence" else [step]
-
-
-def _ends_in_bytes(pre_tokenizer: Mapping[str, Any] | None) -> bool:
-    steps = _sequence(pre_tokenizer, "pretokenizers")
-    return bool(steps) and steps[-1]["type"] == "ByteLevel"
-
-
-def _regexes(pre_tokenizer: Mapping[str, Any]) -> Iterator[str]:
-    """The regexes that a byte-level pre-tokenizer applies in turn."""
-    for step in _sequence(pre_tokenizer, "pretokenizers"):
-        match step:
-            case {"type": "ByteLevel", "add_prefix_space": False, "use_regex": use_regex}:
-                if use_regex:
-                    yield _GPT2
-            case {"type": "Digits", "individual_digits": True}:
-                yield r"\p{N}"
-            case {
-                "type": "Split",
-                "pattern": {"Regex": regex},
-                "behavior": "Isolated",
-                "invert": False,
-            }:
-                yield regex
-            case _:
-                raise _differs(f"it splits text with {dict(step)}")
-
-
 def _refuse_missing_bytes(vocab: Mapping[str, int]) -> None:
     """Every byte of UTF-8 needs a token: Hugging Face joins the neighbours of a dropped byte."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
@@ -215,17 +154,17 @@ def _refuse_missing_bytes(vocab: Mapping[str, int]) -> None:
     missing = [b for b, letter in sorted(letters.items()) if b not in never and letter not in vocab]
     if missing:
         listed = ", ".join(f"0x{byte:02X}" for byte in missing[:8])
-        raise _differs(f"{len(missing)} bytes have no token, such as {listed}")
+        raise differs(f"{len(missing)} bytes have no token, such as {listed}")
 
 
 def _refuse_added_tokens(spec: Mapping[str, Any]) -> None:
     """llama.cpp finds added tokens in the raw text, and strips nothing around them."""
     for token in spec["added_tokens"]:
         flags = [flag for flag in ("single_word", "lstrip", "rstrip") if token[flag]]
-        if token["normalized"] and not _ends_in_bytes(spec["pre_tokenizer"]):
+        if token["normalized"] and not ends_in_bytes(spec["pre_tokenizer"]):
             flags.append("normalized")
         if flags:
-            raise _differs(f"the added token {token['content']!r} is {', '.join(flags)}")
+            raise differs(f"the added token {token['content']!r} is {', '.join(flags)}")
 
 
 def _sentencepiece_kind(spec: Mapping[str, Any]) -> Kind:
@@ -233,7 +172,7 @@ def _sentencepiece_kind(spec: Mapping[str, Any]) -> Kind:
     vocab, merges = model["vocab"], model["merges"]
     bytes_known = sum(f"<0x{byte:02X}>" in vocab for byte in range(256))
     if model.get("ignore_merges") or model["unk_token"] not in vocab:
-        raise _differs("it has ignore_merges, or no unknown token")
+        raise differs("it has ignore_merges, or no unknown token")
     added = {token["content"] for token in spec["added_tokens"]}
     if model["byte_fallback"] and bytes_known == 256:
         # An added token is found before anything is merged, and spaces are marked after that.
@@ -242,7 +181,7 @@ def _sentencepiece_kind(spec: Mapping[str, Any]) -> Kind:
         return "spm"
     if not merges and model["fuse_unk"] and all(len(p) == 1 for p in vocab.keys() - added):
         return "ugm"
-    raise _differs(
+    raise differs(
         f"it has {bytes_known} of 256 byte tokens (byte_fallback {model['byte_fallback']})"
         f" and {len(merges)} merges"
     )
@@ -270,7 +209,7 @@ def _refuse_other_merges(
     for rank, (left, right) in enumerate(merges):
         piece = left + right
         if piece in first and "".join(merges[rank - 1]) != piece:
-            raise _differs(f"the merges into {piece!r} do not stand together")
+            raise differs(f"the merges into {piece!r} do not stand together")
         first.setdefault(piece, rank)
     for piece in merged:
         for cut in range(1, len(piece)):
@@ -279,7 +218,7 @@ def _refuse_other_merges(
                 continue
             due = first.get(piece, len(merges))
             if any(list(pair) == state and rank > due for state, rank in _merging(piece, ranks)):
-                raise _differs(f"it does not merge {pair[0]!r} and {pair[1]!r} into {piece!r}")
+                raise differs(f"it does not merge {pair[0]!r} and {pair[1]!r} into {piece!r}")
 
 
 def _merging(text: str, ranks: Mapping[Merge, int]) -> Iterator[tuple[list[str], float]]:
@@ -293,20 +232,3 @@ def _merging(text: str, ranks: Mapping[Merge, int]) -> Iterator[tuple[list[str],
             return
         place = found.index(rank)
         state = [*state[:place], state[place] + state[place + 1], *state[place + 2 :]]
-
-
-def contradiction(what: str) -> BadInput:
-    """Two files of a tokenizer say different things."""
-    return BadInput(
-        what,
-        "the files of the tokenizer do not belong together",
-        "take all of them from one revision of the model",
-    )
-
-
-def _differs(what: str) -> Unsupported:
-    return Unsupported(
-        f"the tokenizer cannot be held: {what}",
-        "llama.cpp would give other ids for some text",
-        "use a model with a byte-level BPE or a SentencePiece BPE tokenizer",
-    )

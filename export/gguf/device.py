@@ -41,6 +41,8 @@ _GRIDS = {
 }
 _ADAPTER = (4000, "GGUF adapters, #8332")
 _OLD_TOKENIZERS = ("gpt-2", "llama-bpe", "qwen2")  # pre-tokenizers that those builds know
+_NEW_TOKENIZERS = ("seed-coder", "jais-2", "qwen35", "exaone-moe", "minicpm5")
+_NEW_TOKENIZER = (11549, "a recent pre-tokenizer; no older build was tried")
 _OTHER_TOKENIZER = (5092, "a pre-tokenizer added after 2024")
 
 
@@ -53,7 +55,7 @@ def minimum_runtime(
     if config.rope.kind == "llama3":
         needs.append(_LLAMA3_ROPE)
     if tokenizer.kind == "bpe" and tokenizer.pre not in _OLD_TOKENIZERS:
-        needs.append(_OTHER_TOKENIZER)
+        needs.append(_NEW_TOKENIZER if tokenizer.pre in _NEW_TOKENIZERS else _OTHER_TOKENIZER)
     if separate:
         needs.append(_ADAPTER)
     build, reason = max(needs)
