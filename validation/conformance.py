@@ -119,6 +119,6 @@ def _differs(found: Conformance) -> ValidationFailed:
     return ValidationFailed(
         f"the runtime tokenizes {first.text!r} otherwise"
         f" ({len(found.differences)} of {found.checked} texts differ)",
-        f"tokenizer.json gives {list(first.expected)}, the runtime {list(first.got)}",
+        f"the source tokenizer gives {list(first.expected)}, the runtime {list(first.got)}",
         "the pre-tokenizer of this model is not one that the runtime has: use another container",
     )

@@ -135,6 +135,9 @@ def test_a_folder_with_tokenizer_model_alone_becomes_a_bundle(
     assert report["tokenizer"]["conforms"] and report["tokenizer"]["checked"] > 60
     inputs = json.loads((bundle / "manifest.json").read_text())["inputs"]
     assert "tokenizer.model" in inputs["tokenizer"]
+    quantized = tmp_path / "quantized"
+    assert run("quantize", folder, "--method", "rtn", "-q", "-o", quantized).code == 0
+    assert Tokenizer.open(quantized).encode("The fox") == Tokenizer.open(folder).encode("The fox")
 
 
 def test_tokenizer_json_is_taken_where_both_are(folder: Path, make_model: Any) -> None:
