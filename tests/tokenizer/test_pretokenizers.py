@@ -236,7 +236,7 @@ def tiny(merges: list[tuple[str, str]], more: list[str]) -> dict[str, Any]:
     return dict(json.loads(library.to_str()))
 
 
-@pytest.mark.parametrize("structure", KNOWN)
+@pytest.mark.parametrize("structure", ["llama 3", "dbrx", "qwen3.5", "minicpm5"])
 def test_a_piece_that_no_merge_makes(structure: str, tmp_path: Path) -> None:
     ((own, got),) = both(structure, tiny([("q", "x")], ["fox"]), tmp_path, ["fox"])
     assert own == got
@@ -256,3 +256,14 @@ def test_what_is_known_to_differ(
     """docs/tokenizers.md tells of these; the test fails once llama.cpp does the same."""
     ((own, got),) = both(structure, tiny(merges, []), tmp_path, [text])
     assert own != got
+
+
+def test_added_tokens_that_overlap_are_known_to_differ(tmp_path: Path) -> None:
+    """The tokenizers library takes the first from the left, llama.cpp the longest of the text."""
+    spec = tiny([("q", "x")], [])
+    (end,), free = spec["added_tokens"], len(spec["model"]["vocab"])
+    for index, text in enumerate(("|||A|||", "|||LONG|||"), start=free):
+        spec["added_tokens"].append(end | {"id": index, "content": text})
+    alone, joined = both("gpt-2", spec, tmp_path, ["|||A||| |||LONG|||", "|||A|||LONG|||"])
+    assert alone[0] == alone[1]
+    assert joined[0] != joined[1]
