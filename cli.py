@@ -122,7 +122,7 @@ def _gguf_type(name: str, flags: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _print_json(value: Any) -> None:
-    print(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False))
+    print(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False))
 
 
 class _Group(click.Group):

@@ -174,21 +174,16 @@ def measure_importance(
             f"the recipe names {texts.origins['calibration']} in place of a text",
             "give a text with --calibration FILE and remove `imatrix` from slimport.toml",
         )
-    count, length = windows.ids.shape
-    matrix = Imatrix(
-        importance(source.weights, source.decoder, windows, progress),
-        tokens=count * length,
-        window=length,
-        texts=(texts.origins["calibration"],),
-    )
+    origin = texts.origins["calibration"]
+    matrix = importance(source.weights, source.decoder, windows, progress, (origin,))
     imatrix.write(matrix, output, source.decoder)
     return {
         "schema": "slimport.imatrix/1",
         "path": str(output),
         "digest": matrix.digest,
-        "weights": len(matrix.importance),
+        "weights": len(matrix.sums),
         "tokens": matrix.tokens,
-        "text": texts.origins["calibration"],
+        "text": origin,
     }
 
 

@@ -118,12 +118,17 @@ class Recipe:
         """This recipe with every value that is not None; names as in the file, sections left out.
 
         Relative paths are relative to the working directory. `patterns` and `budgets` are added
-        to what stands, anything else takes its place.
+        to what stands, anything else takes its place; so does a calibration text that of an
+        importance matrix, and the other way round.
 
         Raises:
             UsageError: an unknown name or a wrong value.
         """
         recipe = self
+        if given.get("imatrix") is None and given.get("calibration") is not None:
+            recipe = replace(recipe, quantize=replace(recipe.quantize, imatrix=None))
+        elif given.get("imatrix") is not None and given.get("calibration") is None:
+            recipe = replace(recipe, texts=replace(recipe.texts, calibration=None))
         for name, value in given.items():
             if value is not None:
                 recipe = _with(recipe, name, value, f"--{name.replace('_', '-')}")

@@ -156,8 +156,7 @@ def open_case(
         token_windows(text, tokenizer, length, count, vocab_size=decoder.vocab_size)
         for text, count in ((first, calibration_windows), (second, windows))
     ]
-    measured = importance(checkpoint, decoder, texts[0], lambda stage, done, total: None)
-    matrix = Imatrix(measured, texts[0].ids.size, length, (calibration.name,))
+    matrix = importance(checkpoint, decoder, texts[0], lambda stage, done, total: None)
     oracle = work / "oracle.npy"
     reference.logits(Oracle(model), texts[1].ids, oracle)
     return Case(checkpoint, decoder, tokenizer, texts[0], matrix, texts[1], oracle, work)

@@ -92,14 +92,20 @@ BLOCK_GRIDS = {kind.name: BlockGrid(kind) for kind in Type if kind not in _FLOAT
 ANY_GRIDS: dict[str, AnyGrid] = {**GRIDS, **BLOCK_GRIDS}
 
 
+_LEAST = np.float32(1e-8)  # importance, of the largest
+
+
 def solve(weight: Float32, grid: BlockGrid, importance: Float32 | None = None) -> BlockTensor:
     """Quantize by ggml's own kernel.
 
     Args:
         weight: float32 (rows, columns); rows are independent.
-        importance: float32 (columns,), the mean of x^2 of each input, or None.
+        importance: float32 (columns,), the mean of x^2 of each input, or None. An input that never
+            mattered counts a little: a block of such inputs would become zeros.
 
     Raises:
         Unsupported: rows do not divide into blocks, or the type needs an importance matrix.
     """
+    if importance is not None:
+        importance = np.maximum(importance, _LEAST * (importance.max() or 1))
     return BlockTensor(grid, quantize_rows(grid.type, weight, importance))

@@ -30,6 +30,7 @@ from ..decoder import (
 )
 from ..errors import EnvironmentFailed
 from .grid import Float32
+from .imatrix import Imatrix
 from .windows import Int32, Windows
 
 Progress = Callable[[str, int, int], None]
@@ -104,13 +105,16 @@ def layer_statistics(
 
 
 def importance(
-    source: Weights, config: DecoderConfig, windows: Windows, progress: Progress
-) -> dict[str, Float32]:
-    """llama.cpp's importance matrix: {weight name: mean of x^2 of every input x, float32}.
-
-    Of every Linear, in full precision, as llama-imatrix computes it.
+    source: Weights,
+    config: DecoderConfig,
+    windows: Windows,
+    progress: Progress,
+    texts: tuple[str, ...] = (),
+) -> Imatrix:
+    """llama.cpp's importance matrix of every Linear, in full precision, as llama-imatrix makes it.
 
     Args:
+        texts: names of what the windows are of.
         progress: called with (stage, layers done, layers in all).
 
     Raises:
@@ -131,13 +135,13 @@ def importance(
                 if weight.layer == index and weight.is_linear
             }
     progress("importance matrix", config.layers, config.layers)
-    return found
+    return Imatrix(found, windows.ids.size, windows.ids.shape[1], texts)
 
 
 def _squares(
     layer: LayerWeights, config: DecoderConfig, activations: _Activations, tables: Tables
 ) -> dict[Kind, Float32]:
-    """Mean of x^2 by the kind of Linear; `activations` move on to the layer's output."""
+    """Sums of x^2 by the kind of Linear; `activations` move on to the layer's output."""
     shared = {first: kinds for first, kinds in SHARED_INPUTS.items() if first in layer}
     sums = {kind: torch.zeros(layer[kind].weight.shape[1], dtype=torch.float64) for kind in shared}
 
@@ -148,8 +152,8 @@ def _squares(
     for batch in range(activations.batches):
         output = decoder_layer(activations.read(batch), layer, config, tables, add)
         activations.write(batch, output)
-    means = {first: (total / activations.tokens).float().numpy() for first, total in sums.items()}
-    return {kind: means[first] for first, kinds in shared.items() for kind in kinds}
+    found = {first: total.float().numpy() for first, total in sums.items()}
+    return {kind: found[first] for first, kinds in shared.items() for kind in kinds}
 
 
 def _statistics(

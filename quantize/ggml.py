@@ -7,7 +7,6 @@ releases, so exactly one release is accepted, and probed before anything is pass
 from __future__ import annotations
 
 import ctypes
-from concurrent.futures import ThreadPoolExecutor
 from enum import IntEnum
 from functools import cache
 from importlib import metadata, util
@@ -134,16 +133,13 @@ def row_bytes(type: int, columns: int) -> int:
     return columns // block * size
 
 
-def quantize_rows(
-    type: int, weight: Float32, imatrix: Float32 | None = None, threads: int = 1
-) -> UInt8:
+def quantize_rows(type: int, weight: Float32, imatrix: Float32 | None = None) -> UInt8:
     """Quantize with ggml's own kernel.
 
     Args:
         type: a ggml type.
         weight: float32 (rows, columns).
         imatrix: float32 (columns,), the importance of each input, or None.
-        threads: rows are shared between this many threads; the bytes do not depend on it.
 
     Returns:
         uint8 (rows, row_bytes(type, columns)).
@@ -158,15 +154,8 @@ def quantize_rows(
     lib = library()
     lib.ggml_quantize_init(type)
 
-    def chunk(start: int) -> None:
-        count = min(step, rows - start)
-        pointer = None if importance is None else importance.ctypes.data
-        source, target = weight.ctypes.data, blocks.ctypes.data
-        lib.ggml_quantize_chunk(type, source, target, start * columns, count, columns, pointer)
-
-    step = max(1, -(-rows // (threads * 8)))
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(chunk, range(0, rows, step)))
+    pointer = None if importance is None else importance.ctypes.data
+    lib.ggml_quantize_chunk(type, weight.ctypes.data, blocks.ctypes.data, 0, rows, columns, pointer)
     return blocks
 
 

@@ -26,24 +26,30 @@ class Imatrix:
     """What each input of each weight matters.
 
     Attributes:
-        importance: {source name: float32 (inputs,)}; every Linear of the model, and tables if they
-            were measured.
-        tokens, window: how many were averaged over, and in windows of how many.
+        sums: {source name: float32 (inputs,), sums of x^2}; every Linear of the model, and tables
+            if they were measured.
+        tokens, window: how many were summed over, and in windows of how many.
         texts: names of the texts.
     """
 
-    importance: Mapping[str, Float32]
+    sums: Mapping[str, Float32]
     tokens: int
     window: int
     texts: tuple[str, ...]
 
     @property
+    def importance(self) -> dict[str, Float32]:
+        """{source name: float32 (inputs,), the mean of x^2}."""
+        count = np.float32(self.tokens)
+        return {name: sums / count for name, sums in self.sums.items()}
+
+    @property
     def digest(self) -> str:
         """`sha256:...` over the lines `name importance`, names sorted, values as they are."""
         digest = hashlib.sha256()
-        for name in sorted(self.importance):
+        for name, values in sorted(self.importance.items()):
             digest.update(f"{name}\n".encode())
-            digest.update(np.ascontiguousarray(self.importance[name], "<f4").data)
+            digest.update(np.ascontiguousarray(values, "<f4").data)
         return "sha256:" + digest.hexdigest()
 
 
@@ -65,9 +71,8 @@ def write(imatrix: Imatrix, path: Path, config: DecoderConfig) -> None:
         writer.add_uint32("imatrix.chunk_size", imatrix.window)
         counts = np.full((1, 1), imatrix.tokens, np.float32)
         for weight in weights(config):
-            if weight.name in imatrix.importance:
-                sums = imatrix.importance[weight.name] * np.float32(imatrix.tokens)
-                writer.add_tensor(weight.gguf + _SUMS, sums.reshape(1, -1))
+            if weight.name in imatrix.sums:
+                writer.add_tensor(weight.gguf + _SUMS, imatrix.sums[weight.name].reshape(1, -1))
                 writer.add_tensor(weight.gguf + _COUNTS, counts)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
@@ -106,8 +111,8 @@ def read(path: Path, config: DecoderConfig) -> Imatrix:
     if kind != "imatrix":
         raise _unusable(path, f"its general.type is {kind!r}, not 'imatrix'")
     by_name = {weight.gguf: weight for weight in weights(config) if weight.is_matrix}
-    importance: dict[str, Float32] = {}
-    tokens = 0
+    found: dict[str, Float32] = {}
+    every = set()
     for name, sums in tensors.items():
         stem, dot, what = name.rpartition(".")
         if stem not in by_name or dot + what not in (_SUMS, _COUNTS):
@@ -116,22 +121,29 @@ def read(path: Path, config: DecoderConfig) -> Imatrix:
             continue
         weight = by_name[stem]
         counts = tensors.get(stem + _COUNTS)
-        if counts is None or counts.size != 1 or sums.size != weight.shape[1]:
+        if counts is None or counts.size != 1 or sums.shape not in _shapes(weight.shape[1]):
             raise _unusable(path, f"{name} has shape {sums.shape} for {weight.shape[1]} inputs")
-        count = float(counts.reshape(-1)[0])
-        if not (count > 0 and np.isfinite(sums).all() and (sums >= 0).all()):
-            raise _unusable(path, f"{name} holds no sums of squares of {count:g} tokens")
-        tokens = max(tokens, int(count))
-        importance[weight.name] = (sums.reshape(-1) / np.float32(count)).astype(np.float32)
+        if not (sums.dtype == np.float32 and np.isfinite(sums).all() and (sums >= 0).all()):
+            raise _unusable(path, f"{name} of {sums.dtype} holds no sums of squares")
+        every.add(float(counts.reshape(-1)[0]))
+        found[weight.name] = sums.reshape(-1)
     for weight in by_name.values():
-        if weight.is_linear and weight.name not in importance:
+        if weight.is_linear and weight.name not in found:
             raise _unusable(path, f"it has no importance of {weight.gguf}")
-    return Imatrix(importance, tokens, window, texts)
+    tokens = every.pop()
+    if every or not (1 <= tokens < 2**53 and tokens.is_integer()) or window < 1:
+        raise _unusable(path, f"its sums are over {tokens:g} tokens in windows of {window}")
+    return Imatrix(found, int(tokens), window, texts)
+
+
+def _shapes(inputs: int) -> tuple[tuple[int, ...], ...]:
+    return (inputs,), (1, inputs)
 
 
 def _unusable(path: Path, why: str) -> BadInput:
     return BadInput(
         f"{path.name} is no importance matrix of this model",
         why,
-        "make one with `slimport imatrix`, or with llama-imatrix --output-format gguf",
+        "make one with `slimport imatrix`, or with llama-imatrix --output-format gguf, which"
+        " also converts the older format",
     )

@@ -1,7 +1,7 @@
 """llama.cpp's named mixes, such as Q4_K_M: which ggml type each weight gets.
 
 The rules are those of `llama_tensor_get_type` and `tensor_type_fallback` in llama.cpp's
-src/llama-quant.cpp for dense models of less than 70B.
+src/llama-quant.cpp for dense models.
 """
 
 from __future__ import annotations
@@ -160,6 +160,7 @@ _RULES: dict[str, _Rules] = {
     "IQ4_XS": _IQ4,
     "IQ4_NL": _IQ4,
 }
+_LOWEST = frozenset({"IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M"})
 _HEADS = dict.fromkeys(
     ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M", "IQ3_XXS"), Type.Q5_K
 )
@@ -187,24 +188,37 @@ def wanted_type(mix: str, weight: Weight, config: DecoderConfig, weighted: bool)
     usual = MIXES[mix]
     if usual is Type.F16:
         return usual
-    if weight.kind is Kind.HEAD or (weight.is_table and config.tied):
-        if weight.shape[1] % BLOCKS[usual][0] or usual is Type.Q8_0:
-            return Type.Q8_0
-        return _HEADS.get(mix, Type.Q6_K)
+    if _makes_logits(weight, config):
+        return Type.Q8_0 if usual is Type.Q8_0 else _HEADS.get(mix, Type.Q6_K)
     if weight.layer is None:
         return _EMBEDDINGS.get(mix, usual)
     place = _Place(weight.layer, config.layers, config.heads // config.kv_heads, weighted)
-    for kinds, holds, type in _RULES.get(mix, ()):
-        if weight.kind in kinds and holds(place):
-            return type
-    return usual
+    rules = (rule for rule in _RULES.get(mix, ()) if weight.kind in rule[0])
+    found = next((type for _, holds, type in rules if holds(place)), usual)
+    if found in (Type.Q3_K, Type.Q4_K) and weight.kind in _VALUES and _is_70b(mix, config):
+        return Type.Q5_K
+    return found
 
 
-def held_type(wanted: Type, columns: int) -> Type:
-    """`wanted`, or what llama.cpp takes for rows of `columns` that do not divide into its blocks.
+def _is_70b(mix: str, config: DecoderConfig) -> bool:
+    """llama.cpp spends more on the few values of the models with 80 layers that it calls 70B."""
+    known = {"llama": config.heads != config.kv_heads, "qwen2": True}
+    return known.get(config.family.gguf, False) and config.layers == 80 and mix not in _LOWEST
 
+
+def _makes_logits(weight: Weight, config: DecoderConfig) -> bool:
+    return weight.kind is Kind.HEAD or (weight.is_table and config.tied)
+
+
+def held_type(mix: str, wanted: Type, weight: Weight, config: DecoderConfig) -> Type:
+    """`wanted`, or what llama.cpp takes for rows that do not divide into its blocks.
+
+    Q8_0 for the table that makes logits, if rows do not divide into blocks of the mix's own type;
     F16 at last, where rows do not divide into blocks of 32 either.
     """
+    columns = weight.shape[1]
+    if _makes_logits(weight, config) and columns % BLOCKS[MIXES[mix]][0]:
+        wanted = Type.Q8_0
     if columns % BLOCKS[wanted][0] == 0:
         return wanted
     smaller = _FALLBACKS.get(wanted, Type.IQ4_NL)

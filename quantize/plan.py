@@ -233,7 +233,7 @@ def _of_mix(
 ) -> tuple[BlockGrid | None, str]:
     wanted = wanted_type(mix, weight, config, weighted)
     columns = weight.shape[1]
-    held = held_type(wanted, columns)
+    held = held_type(mix, wanted, weight, config)
     reason = f"mix {mix}"
     if held is not wanted:
         reason += f": {held.name} {_INSTEAD} {wanted.name}, whose blocks do not divide {columns}"

@@ -13,6 +13,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -181,7 +182,7 @@ def _blocks(
     elif calibration is not None:
         from .calibration import importance as measure  # torch is loaded only to calibrate
 
-        importance = measure(weights, config, calibration, progress)
+        importance = measure(weights, config, calibration, progress).importance
     yield from _by_rows(weights, plan.choices, pool, importance)
 
 
@@ -214,9 +215,19 @@ def _by_layers(
                     tensor = gptq.solve(values, grid, *statistics[name])
                 else:
                     diagonal = np.ascontiguousarray(statistics[name].hessian.diagonal())
-                    tensor = _rounded(values, choice, diagonal)
+                    tensor = _in_parts(values, choice, diagonal, pool)
                 solved[name] = tensor.dequantize()
                 yield _quantized_block(name, values, tensor)
+
+
+def _in_parts(
+    values: Float32, choice: Choice, importance: Float32, pool: ThreadPoolExecutor
+) -> BlockTensor:
+    """By ggml's kernel, some rows at a time in threads."""
+    assert isinstance(choice.grid, BlockGrid)
+    solve = partial(ggml_blocks.solve, grid=choice.grid, importance=importance)
+    parts = pool.map(solve, np.array_split(values, min(len(values), 4 * _threads())))
+    return BlockTensor(choice.grid, np.concatenate([part.blocks for part in parts]))
 
 
 def _by_rows(

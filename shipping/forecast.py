@@ -11,6 +11,7 @@ from typing import Any
 
 from ..architectures import Kind
 from ..export.container import Container
+from ..quantize import imatrix
 from ..quantize.blocks import BlockGrid
 from ..quantize.plan import Choice, Plan, grid_summary
 from ..recipe import Recipe
@@ -75,6 +76,8 @@ def forecast(recipe: Recipe, *, offline: bool = False) -> Forecast:
     """
     source = open_source(recipe, offline=offline)
     plan = plan_of(recipe, source)
+    if recipe.quantize.imatrix:
+        imatrix.read(recipe.quantize.imatrix, source.decoder)
     jobs = [
         JobForecast(
             job.target.name,

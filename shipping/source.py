@@ -92,6 +92,12 @@ def plan_of(recipe: Recipe, source: Source) -> Plan:
             "only ggml's kernels read one; gptq also needs how inputs vary together",
             "add --method imatrix, or leave --imatrix away",
         )
+    if recipe.quantize.imatrix is not None and recipe.texts.calibration is not None:
+        raise UsageError(
+            "an importance matrix and a calibration text are given together",
+            f"{recipe.quantize.imatrix.name} stands in place of {recipe.texts.calibration.name}",
+            "give one of them",
+        )
     if not recipe.quantize.search:
         if method != "rtn":
             raise UsageError(

@@ -163,6 +163,9 @@ def comparison(found: Mapping[str, Any]) -> None:
         if accuracy:
             columns = [f"{which} to full precision", "KL mean", "KL 99%", "top-1", "perplexity"]
             table("", [*columns, "tokens"], _accuracy({"accuracy": accuracy}))
+    for side in found["files"]:
+        if side["beside"]:
+            print(f"Not compared: {', '.join(side['beside'])} of {side['path']}")
     if between := found["divergence"]:
         columns = ["second to first", "KL mean", "KL 99%", "top-1", "perplexity", "tokens"]
         table(f"On {between['text']}", columns, _accuracy({"accuracy": {"logits": between}}))
@@ -187,8 +190,9 @@ def _kinds(tensors: Rows) -> list[list[str]]:
     rows = []
     for names, group in groups.items():
         grown = sum(tensor["bytes"][1] - tensor["bytes"][0] for tensor in group)
-        worst = max((tensor["relative_rmse"] or 0.0 for tensor in group), default=0.0)
-        rows.append([*names, str(len(group)), f"{grown:+,}", f"{worst:.4f}"])
+        errors = [t["relative_rmse"] for t in group if t["relative_rmse"] is not None]
+        worst = f"{max(errors):.4f}" if errors else "not comparable"
+        rows.append([*names, str(len(group)), f"{grown:+,}", worst])
     return rows
 
 

@@ -192,9 +192,13 @@ def test_template_loads_and_its_comments_are_the_defaults(folder: Path) -> None:
         (folder / path).mkdir(parents=True)
     for name in ("train", "held_out", "out_of_distribution"):
         (folder / "texts" / f"{name}.txt").write_text("")
+    (folder / "imatrix.gguf").write_text("")
     full = recipe(folder, text)
+    assert full.quantize.imatrix == folder / "imatrix.gguf"
     assert full.quantize.patterns == {"model.layers.0.*": "int8-row"}
-    assert full.quantize == replace(Recipe().quantize, patterns=full.quantize.patterns)
+    assert full.quantize == replace(
+        Recipe().quantize, patterns=full.quantize.patterns, imatrix=full.quantize.imatrix
+    )
     assert replace(full.validate, prompts=()) == Recipe().validate
     assert set(tomllib.loads(text)) >= {"adapters", "quantize", "texts", "validate", "budgets"}
 

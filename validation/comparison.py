@@ -5,7 +5,6 @@ Works on bundles and on any GGUF file, whoever made it.
 
 from __future__ import annotations
 
-import json
 import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -17,7 +16,9 @@ from typing import Any
 import numpy as np
 
 from .. import bundle
+from ..checkpoint import read_json
 from ..errors import BadInput, UsageError
+from ..export import gguf
 from ..export.gguf.reader import GGUF, Stored, open_gguf
 from ..quantize.ggml import dequantize_rows
 from ..quantize.windows import Windows, cut, read_text
@@ -34,11 +35,12 @@ _WINDOWS, _LENGTH = 64, 512
 
 @dataclass(frozen=True, slots=True)
 class _Side:
-    """A file and, if it is a bundle's, what the bundle's report says of it."""
+    """A file and, if it is a bundle's, what the bundle's report says of it, and its adapters."""
 
     path: Path
     file: GGUF
     report: Mapping[str, Any] | None
+    beside: tuple[str, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -66,18 +68,20 @@ def compare(
         text: runs both in llama.cpp on this text and compares their logits.
 
     Returns:
-        "schema"; "files" (both: "path", "bytes", "tensor_bytes", "bits_per_weight"); "types" (by
-        ggml type, the tensors and bytes of both); "tensors" (every tensor: types, bytes, whether
-        the bytes are "equal", and the "relative_rmse" of the second's values to the first's);
+        "schema"; "files" (both: "path", "bytes", "tensor_bytes", "bits_per_weight", and "beside":
+        adapters of the bundle, which are not compared); "types" (by ggml type, the tensors and
+        bytes of both); "tensors" (every tensor: types, bytes, whether the bytes are "equal", and
+        the "relative_rmse" of the second's values to the first's, null where there is none);
         "divergence" (KL(first || second) and more, or null without a text); "reports" (of bundles:
         accuracy against full precision, or null).
 
     Raises:
         UsageError: no such file, or texts that the two read as other tokens.
-        BadInput: neither a bundle nor a GGUF file.
+        BadInput: neither a bundle nor a GGUF file, a damaged bundle, or a part of a split model.
     """
     sides = _open(first), _open(second)
-    found = {
+    windows = _same_windows(*sides, text) if text else None
+    found: dict[str, Any] = {
         "schema": SCHEMA,
         "files": [_file(side) for side in sides],
         "types": _types(*sides),
@@ -85,29 +89,36 @@ def compare(
         "divergence": None,
         "reports": [side.report and side.report["accuracy"] for side in sides],
     }
-    if text is not None:
-        found["divergence"] = _divergence(*sides, text, progress)
+    if text and windows:
+        found["divergence"] = {"text": text.name, **_divergence(*sides, windows, progress)}
     return found
 
 
 def _open(path: Path) -> _Side:
     if path.is_dir():
-        manifest = bundle.read_manifest(path)
-        models = [entry["path"] for entry in manifest["files"] if entry["path"] == "model.gguf"]
-        if not models:
+        manifest = bundle.verify(path)
+        if manifest["container"] != gguf.NAME:
             raise BadInput(
-                f"{path} holds no model.gguf",
-                f"its container is {manifest.get('container')}",
+                f"{path} holds no {gguf.FILE}",
+                f"its container is {manifest['container']}",
                 "compare bundles with container gguf",
             )
         report = path / "report" / "report.json"
-        judged = json.loads(report.read_bytes()) if report.is_file() else None
-        return _Side(path / models[0], open_gguf(path / models[0]), judged)
+        judged = read_json(report) if report.is_file() else None
+        beside = [entry["path"] for entry in manifest["files"] if "adapters/" in entry["path"]]
+        return _Side(path / gguf.FILE, open_gguf(path / gguf.FILE), judged, tuple(beside))
     if not path.is_file():
         raise UsageError(
             f"{path} does not exist", "a bundle or a .gguf file is compared", "check the path"
         )
-    return _Side(path, open_gguf(path), None)
+    file = open_gguf(path)
+    if file.metadata.get("split.count", 1) != 1:
+        raise BadInput(
+            f"{path.name} is a part of a model",
+            f"the model is split into {file.metadata['split.count']} files",
+            "join them with llama-gguf-split --merge",
+        )
+    return _Side(path, file, None)
 
 
 def _file(side: _Side) -> dict[str, Any]:
@@ -119,6 +130,7 @@ def _file(side: _Side) -> dict[str, Any]:
         "bytes": side.nbytes,
         "tensor_bytes": nbytes,
         "bits_per_weight": 8 * nbytes / weights if weights else 0.0,
+        "beside": list(side.beside),
     }
 
 
@@ -156,7 +168,7 @@ def _tensors(first: _Side, second: _Side, progress: Progress | None) -> Iterator
 
 
 def _relative_rmse(a: Stored, b: Stored) -> float | None:
-    """Of b's values to a's; None where all of a's are zero."""
+    """Of b's values to a's; None where a's are all zero, or some are no numbers."""
     error = norm = 0.0
     step = max(1, _CHUNK // a.shape[-1])
     for start in range(0, len(a.rows), step):
@@ -166,14 +178,12 @@ def _relative_rmse(a: Stored, b: Stored) -> float | None:
         )
         error += float(np.square(theirs - ours, dtype=np.float64).sum())
         norm += float(np.square(ours, dtype=np.float64).sum())
-    return math.sqrt(error / norm) if norm else None
+    return math.sqrt(error / norm) if norm and math.isfinite(error / norm) else None
 
 
 def _divergence(
-    first: _Side, second: _Side, text: Path, progress: Progress | None
+    first: _Side, second: _Side, windows: Windows, progress: Progress | None
 ) -> dict[str, Any]:
-    _refuse_other_tokens(first, second)
-    windows = _windows(first, text, min(first.context, second.context, _LENGTH))
     with tempfile.TemporaryDirectory() as folder:
         logits = Path(folder) / "first.npy", Path(folder) / "second.npy"
         for side, out in zip((first, second), logits, strict=True):
@@ -181,25 +191,27 @@ def _divergence(
             llamacpp.logits(side.path, windows.ids, out, progress=stage)
         found = divergence.compare(*logits, windows.ids).to_json()
     del found["histogram"]
-    return {"text": text.name, **found}
+    return found
 
 
-def _windows(side: _Side, text: Path, length: int) -> Windows:
-    """The text as llama.cpp reads it."""
-    (ids,) = llamacpp.tokenize(side.path, [read_text(text)])
-    vocabulary = llamacpp.vocabulary(side.path)
-    start = [vocabulary.bos] if vocabulary.adds_bos and vocabulary.bos is not None else []
-    return cut(np.array(ids, np.int32), start, length, _WINDOWS)
+def _same_windows(first: _Side, second: _Side, text: Path) -> Windows:
+    """The text as llama.cpp reads it with either file."""
+    words = [read_text(text)]
+    (a, start), (b, other) = (
+        (llamacpp.tokenize(side.path, words)[0], _start(side.path)) for side in (first, second)
+    )
+    vocabularies = [side.file.metadata.get("tokenizer.ggml.tokens") for side in (first, second)]
+    if a != b or start != other or vocabularies[0] != vocabularies[1]:
+        raise UsageError(
+            "the logits of these files cannot be compared",
+            f"{text.name} is {len(a):,} tokens for {first.path.name} and {len(b):,} others for"
+            f" {second.path.name}, or their vocabularies differ",
+            "leave --eval away, or compare two files of one model",
+        )
+    length = min(first.context, second.context, _LENGTH)
+    return cut(np.array(a, np.int32), start, length, _WINDOWS)
 
 
-def _refuse_other_tokens(first: _Side, second: _Side) -> None:
-    for key in sorted(first.file.metadata.keys() | second.file.metadata.keys()):
-        if not key.startswith("tokenizer.ggml."):
-            continue
-        a, b = (side.file.metadata.get(key) for side in (first, second))
-        if not np.array_equal(np.asarray(a), np.asarray(b)):
-            raise UsageError(
-                "the logits of these files cannot be compared",
-                f"they differ in {key}, so tokens of one are not tokens of the other",
-                "leave --eval away, or compare two files of one model",
-            )
+def _start(file: Path) -> list[int]:
+    vocabulary = llamacpp.vocabulary(file)
+    return [vocabulary.bos] if vocabulary.adds_bos and vocabulary.bos is not None else []

@@ -76,7 +76,7 @@ def _rounded(weight: Float32, grid: AnyGrid, importance: Float32 | None) -> Quan
     """Scales, and the codes of columns that are not chosen here."""
     if isinstance(grid, BlockGrid):
         return kquants.round_blocks(weight, grid, importance)
-    return rtn.solve(weight, grid)
+    return rtn.solve(weight, grid, importance=importance)
 
 
 class _Levels(NamedTuple):

@@ -10,16 +10,14 @@ while the order of every sum, and so every byte, is the same on any CPU.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import numpy.typing as npt
 
 from ..compiled import compiled
 from ..grid import Float32, Grid, Int8, round_scale
 from ..tensor import QuantizedTensor
-
-LANES = 64
+from . import fit
+from .fit import LANES, Vector
 
 # By bits: divisors of a largest magnitude that is negative, and of one that is positive. They run
 # from one code inside the range to where a third of it would be clipped; at 8 bits clipping never
@@ -30,29 +28,43 @@ _DIVISORS = {
     4: np.stack([np.linspace(7, 11, 12), np.linspace(6, 10, 12)]).astype(np.float32),
     8: np.stack([np.linspace(121, 130, 8)] * 2).astype(np.float32),
 }
+# The same where errors are weighed, for either sign.
+_RANGES = {
+    2: np.linspace(0.6, 4, 24, dtype=np.float32),
+    4: np.linspace(6, 11, 18, dtype=np.float32),
+    8: np.linspace(120, 130, 10, dtype=np.float32),
+}
 _TINY = np.float32(2.0**-100)  # a group below it is not searched: its reciprocal may overflow
 
-Vector = npt.NDArray[Any]  # 1-D, one value per lane or per group
 UInt32 = npt.NDArray[np.uint32]
 
 
-def solve(weight: Float32, grid: Grid, search: bool = True) -> QuantizedTensor:
+def solve(
+    weight: Float32, grid: Grid, search: bool = True, importance: Float32 | None = None
+) -> QuantizedTensor:
     """Quantize a finite matrix (rows, columns), float32, by rounding to nearest.
 
-    With `search` the scale is that of the least squared error in its group; without, the one that
-    puts the largest magnitude on the outermost code. Rows are independent, so blocks of rows give
-    the codes of the whole matrix, and may be solved in several threads.
+    With `search` the scale is that of the least squared error in its group (each error as
+    `fit.costs` counts it if `importance` is given); without, the one that puts the largest
+    magnitude on the outermost code. Rows are independent, so blocks of rows give the codes of the
+    whole matrix, and may be solved in several threads.
     """
-    scale = find_scale(weight, grid, search)
+    scale = find_scale(weight, grid, search, importance)
     return QuantizedTensor(grid, encode(weight, scale, grid), scale)
 
 
-def find_scale(weight: Float32, grid: Grid, search: bool = True) -> Float32:
+def find_scale(
+    weight: Float32, grid: Grid, search: bool = True, importance: Float32 | None = None
+) -> Float32:
     """The rounded scale of every group of `weight` (rows, columns): float32 (rows, groups)."""
     rows, columns = weight.shape
     groups = grid.groups(columns)
     table = np.ascontiguousarray(weight, np.float32).reshape(rows * groups, columns // groups)
-    if search:
+    if importance is not None:
+        costs = fit.costs(table, importance, table.shape[1])
+        scale = np.empty(rows * groups, np.float32)
+        fit.alone(table, costs, _limits(grid), _RANGES[grid.bits], grid.signed_scale, scale)
+    elif search:
         scale = np.empty(rows * groups, np.float32)
         _find_scales(table, _DIVISORS[grid.bits], *_limits(grid), grid.signed_scale, scale)
     else:

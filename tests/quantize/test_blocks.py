@@ -12,8 +12,6 @@ from slimport.quantize.blocks import BLOCK_GRIDS, BlockGrid, BlockTensor
 from slimport.quantize.ggml import Type
 from slimport.quantize.grid import Float32
 
-KNOWN_TO_GGUF = sorted(set(BLOCK_GRIDS) & set(gguf.GGMLQuantizationType.__members__))
-
 
 def weight(rows: int = 3, columns: int = 512) -> Float32:
     return np.random.default_rng(0).normal(size=(rows, columns)).astype(np.float32)

@@ -27,11 +27,11 @@ Measured = tuple[Imatrix, DecoderConfig]
 def measured(tiny_llama: Path) -> Measured:
     source = Checkpoint.open(tiny_llama)
     config = decoder_config(source.config)
-    windows = windows_of(np.random.default_rng(0).integers(0, 400, (6, 40)))
+    windows = windows_of(np.random.default_rng(0).integers(0, 400, (53, 40)))
     seen: list[tuple[str, int, int]] = []
     found = importance(source, config, windows, lambda *step: seen.append(step))
     assert seen[-1] == ("importance matrix", 2, 2)
-    return Imatrix(found, 240, 40, ("text.txt",)), config
+    return replace(found, texts=("text.txt",)), config
 
 
 def test_it_is_the_mean_square_of_what_transformers_feeds(
@@ -47,7 +47,7 @@ def test_it_is_the_mean_square_of_what_transformers_feeds(
                     f"{name}.weight", inputs[0].double().square().mean((0, 1))
                 )
             )
-    model(torch.from_numpy(np.random.default_rng(0).integers(0, 400, (6, 40))))
+    model(torch.from_numpy(np.random.default_rng(0).integers(0, 400, (53, 40))))
     assert set(squares) == set(matrix.importance)
     for name, expected in squares.items():
         np.testing.assert_allclose(matrix.importance[name], expected.detach().numpy(), rtol=1e-4)
@@ -57,9 +57,10 @@ def test_what_is_written_is_read(measured: Measured, tmp_path: Path) -> None:
     matrix, config = measured
     imatrix.write(matrix, tmp_path / "m.gguf", config)
     again = imatrix.read(tmp_path / "m.gguf", config)
-    assert again.texts == ("text.txt",) and (again.tokens, again.window) == (240, 40)
+    assert again.texts == ("text.txt",) and (again.tokens, again.window) == (2120, 40)
     for name, values in matrix.importance.items():
-        np.testing.assert_allclose(again.importance[name], values, rtol=1e-6)
+        np.testing.assert_array_equal(again.importance[name], values)
+    assert again.digest == matrix.digest
     imatrix.write(again, tmp_path / "again.gguf", config)
     assert imatrix.read(tmp_path / "again.gguf", config).digest == again.digest
     assert [path.name for path in tmp_path.iterdir() if "partial" in path.name] == []
@@ -74,7 +75,7 @@ def test_the_file_is_llama_cpps(measured: Measured, tmp_path: Path) -> None:
     assert keys == {
         "general.type": "imatrix",
         "imatrix.datasets": ["text.txt"],
-        "imatrix.chunk_count": 6,
+        "imatrix.chunk_count": 53,
         "imatrix.chunk_size": 40,
     }
     shapes = {tensor.name: tensor.shape.tolist() for tensor in reader.tensors}
@@ -116,15 +117,25 @@ def test_what_is_no_importance_matrix_of_the_model_is_refused(
     good: dict[str, np.ndarray[Any, Any]] = {}
     for weight in weights(config):
         if weight.is_linear:
-            good[f"{weight.gguf}.in_sum2"] = matrix.importance[weight.name].reshape(1, -1)
+            good[f"{weight.gguf}.in_sum2"] = matrix.sums[weight.name].reshape(1, -1)
             good[f"{weight.gguf}.counts"] = np.full((1, 1), 8, np.float32)
     first, count = "blk.0.attn_q.weight.in_sum2", "blk.0.attn_q.weight.counts"
     nothing = np.zeros((1, 1), np.float32)
+
+    def with_counts(tokens: float) -> dict[str, np.ndarray[Any, Any]]:
+        every = np.full((1, 1), tokens, np.float32)
+        return {name: every if "counts" in name else values for name, values in good.items()}
+
     bad = {
         "another kind": ("model", good, "general.type is 'model'"),
         "another model": ("imatrix", {**good, "blk.9.ffn_up.weight.in_sum2": nothing}, "blk.9"),
         "another size": ("imatrix", {**good, first: good[first][:, :-1]}, "64 inputs"),
-        "no tokens": ("imatrix", {**good, count: nothing}, "of 0 tokens"),
+        "other counts": ("imatrix", {**good, count: nothing}, "sums are over"),
+        "no tokens": ("imatrix", with_counts(0), "over 0 tokens"),
+        "infinite": ("imatrix", with_counts(np.inf), "over inf tokens"),
+        "half a token": ("imatrix", with_counts(0.5), "over 0.5 tokens"),
+        "doubles": ("imatrix", {**good, first: good[first].astype(float)}, "of float64"),
+        "a square": ("imatrix", {**good, first: good[first].reshape(8, 8)}, "shape"),
         "negative": ("imatrix", {**good, first: -good[first]}, "no sums of squares"),
         "not finite": ("imatrix", {**good, first: good[first] * np.nan}, "no sums of squares"),
         "no counts": ("imatrix", {k: v for k, v in good.items() if k != count}, "attn_q"),
@@ -164,7 +175,7 @@ def test_files_that_are_damaged_are_refused(measured: Measured, tmp_path: Path) 
 
 def test_the_digest_is_of_the_values(measured: Measured) -> None:
     matrix, _ = measured
-    name = next(iter(matrix.importance))
-    other = {**matrix.importance, name: matrix.importance[name] * 2}
-    assert replace(matrix, importance=other).digest != matrix.digest
+    name = next(iter(matrix.sums))
+    other = {**matrix.sums, name: matrix.sums[name] * 2}
+    assert replace(matrix, sums=other).digest != matrix.digest
     assert replace(matrix, texts=("other",)).digest == matrix.digest

@@ -8,7 +8,7 @@ import pytest
 
 from slimport.architectures import DecoderConfig, Kind, decoder_config, weights
 from slimport.errors import UsageError
-from slimport.quantize.mixes import MIXES, held_type, wanted_type
+from slimport.quantize.mixes import MIXES, wanted_type
 from slimport.quantize.plan import make_plan
 
 CONFIG = {
@@ -131,11 +131,30 @@ def test_rows_that_do_not_divide_fall_back(mix: str, columns: int, linear: str, 
     reasons = {name: reason for reason, names in plan.fallbacks.items() for name in names}
     reason = reasons.get("model.layers.5.self_attn.q_proj.weight", "")
     assert (f"{linear} instead of" in reason and "576" in reason) == (linear != mix)
+    assert f"{table} instead of" in reasons["lm_head.weight"]
     assert "model.layers.5.mlp.down_proj.weight" not in reasons  # its rows are of 1024
 
 
+@pytest.mark.parametrize(
+    ("family", "heads", "mix", "expected"),
+    [
+        ("llama", 4, "Q4_K_M", {"Q5_K", "Q6_K"}),
+        ("llama", 4, "Q3_K_S", {"Q5_K"}),
+        ("llama", 4, "Q4_K_S", {"Q5_K"}),
+        ("llama", 8, "Q4_K_M", {"Q4_K", "Q6_K"}),  # 65B
+        ("qwen2", 8, "Q4_K_M", {"Q5_K", "Q6_K"}),
+        ("mistral", 4, "Q3_K_S", {"Q5_K"}),
+        ("qwen3", 4, "Q3_K_S", {"Q3_K"}),
+        ("llama", 4, "IQ2_XS", {"Q2_K"}),
+    ],
+)
+def test_values_of_80_layers(family: str, heads: int, mix: str, expected: set[str]) -> None:
+    more: dict[str, Any] = {"head_dim": 64} if family == "qwen3" else {}
+    config = decoder(model_type=family, num_hidden_layers=80, num_key_value_heads=heads, **more)
+    assert set(types(mix, config)[Kind.V]) == expected
+
+
 def test_rows_that_divide_into_nothing_stay_float16() -> None:
-    assert held_type(MIXES["Q4_K_M"], 100).name == "F16"
     config = decoder(intermediate_size=1000)
     choice = make_plan(config, "Q4_K_M")["model.layers.0.mlp.down_proj.weight"]
     assert choice.grid is None and "F16 instead of" in choice.reason

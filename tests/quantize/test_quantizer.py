@@ -2,6 +2,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -266,14 +267,14 @@ def wide(make_model):
 def test_method_imatrix_gives_the_bytes_of_ggmls_kernel(wide, windows, tmp_path):
     config = decoder_config(wide.config)
     measured = importance(wide, config, windows, lambda *_: None)
-    given = Imatrix(measured, 768, 64, ("text",))
+    given = replace(measured, texts=("text",))
     by_text = run(wide, wide, tmp_path / "a", windows=windows, preset="Q4_K_M", method="imatrix")
     by_file = run(wide, wide, tmp_path / "b", windows=given, preset="Q4_K_M", method="imatrix")
     assert by_text.weights_digest == by_file.weights_digest
     assert (by_text.calibration, by_file.calibration) == (windows.digest, given.digest)
     for choice in by_text.plan.quantized:
         name = choice.weight.name
-        weighed = measured[name] if choice.weight.is_linear else None
+        weighed = measured.importance[name] if choice.weight.is_linear else None
         expected = ggml.quantize_rows(choice.grid.type, wide.rows(name), weighed)
         np.testing.assert_array_equal(by_text.load(name).blocks, expected)
     by_text.verify()
@@ -318,6 +319,23 @@ def test_weights_beyond_the_scales_of_blocks_are_refused(preset, factor, wide, t
     with pytest.raises(Unsupported, match="no numbers"):
         run(huge, wide, tmp_path / "a", preset=preset, method="rtn")
     assert not (tmp_path / "a").exists()
+
+
+def test_inputs_that_never_mattered_keep_their_weights(wide, windows, tmp_path):
+    config = decoder_config(wide.config)
+    measured = importance(wide, config, windows, lambda *_: None)
+    dead = {
+        name: np.where(np.arange(sums.size) < 128, 0, sums) for name, sums in measured.sums.items()
+    }
+    none = {name: sums * 0 for name, sums in measured.sums.items()}
+    for preset in ("Q4_0", "Q4_K_M", "IQ4_XS", "IQ2_M"):
+        for sums in (dead, none):
+            given = replace(measured, sums=sums)
+            made = run(wide, wide, tmp_path / "a", windows=given, preset=preset, method="imatrix")
+            for name in (UP, Q0):
+                wrong = made.rows(name)[:, :128] - wide.rows(name)[:, :128]
+                limit = 0.5 if preset == "IQ2_M" else 0.2
+                assert np.square(wrong).mean() < limit**2 * np.square(wide.rows(name)).mean()
 
 
 @pytest.mark.parametrize("preset", ["Q4_K_M", "Q4_0", "IQ4_XS"])

@@ -116,13 +116,50 @@ def test_other_shapes_and_missing_tensors(f16: Path, finished: Path) -> None:
     assert found["blk.0.attn_q.weight"]["types"] == ["F16", "Q4_0"]
 
 
+def changed(path: Path, to: Path, metadata: dict[str, int]) -> Path:
+    """A copy with more metadata, by gguf-py."""
+    reader, writer = upstream.GGUFReader(path), upstream.GGUFWriter(to, "llama")
+    for name, field in reader.fields.items():
+        if not name.startswith("GGUF.") and name != "general.architecture":
+            parts = field.types
+            sub = parts[1] if len(parts) > 1 else None
+            writer.add_key_value(name, field.contents(), parts[0], sub)
+    for name, value in metadata.items():
+        writer.add_uint32(name, value)
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return to
+
+
+def test_metadata_that_changes_no_token_changes_nothing(f16: Path, tmp_path: Path) -> None:
+    (tmp_path / "text").write_text(TEXT)
+    other = changed(f16, tmp_path / "other.gguf", {"tokenizer.ggml.seperator_token_id": 3})
+    found = compare(f16, other, tmp_path / "text")
+    assert found["divergence"]["kl_mean"] == 0.0
+    assert all(tensor["equal"] for tensor in found["tensors"])
+
+
+def test_a_part_of_a_split_model_is_refused(f16: Path, tmp_path: Path) -> None:
+    part = changed(f16, tmp_path / "part.gguf", {"split.count": 2})
+    with pytest.raises(BadInput, match="part of a model"):
+        compare(part, f16)
+
+
 def test_bundles_bring_their_reports(finished: Path, f16: Path, tmp_path: Path) -> None:
     found = compare(finished, f16)
     report = json.loads((finished / "report" / "report.json").read_text())
     assert found["reports"] == [report["accuracy"], None]
-    bare = Path(shutil.copytree(finished, tmp_path / "bare"))
-    shutil.rmtree(bare / "report")
-    assert compare(bare, f16)["reports"] == [None, None]
+    assert found["files"][0]["beside"] == []
+    damaged = Path(shutil.copytree(finished, tmp_path / "damaged"))
+    with (damaged / "model.gguf").open("r+b") as file:
+        file.seek(-100, 2)
+        file.write(bytes(50))
+    with pytest.raises(BadInput, match=r"model\.gguf"):
+        compare(damaged, f16)
 
 
 def test_what_cannot_be_compared(
@@ -147,7 +184,7 @@ def test_what_cannot_be_compared(
         progress=lambda *_: None,
     )
     (other,) = gguf.write(model, Tokenizer.open(tiny_qwen2), tmp_path)
-    with pytest.raises(UsageError, match="differ in tokenizer"):
+    with pytest.raises(UsageError, match="cannot be compared"):
         compare(f16, other, tmp_path / "text")
     with pytest.raises(UsageError, match="does not exist"):
         compare(f16, f16, tmp_path / "no text")
