@@ -50,7 +50,7 @@ def report(found: Mapping[str, Any]) -> None:
         columns = ["on this machine: prompt", "TTFT", "prompt tokens/s", "generated tokens/s"]
         table("", columns, [_speed(row) for row in speed])
     budgets(found["budgets"])
-    fallbacks(found.get("fallbacks", {}))
+    fallbacks(found["fallbacks"])
     for words in found["executed"]:
         print(f"Executed: {words}")
     for words in found["not_executed"]:

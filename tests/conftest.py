@@ -36,6 +36,8 @@ from slimport.validation import worker
 from slimport.validation.runtimes import reference_worker
 
 torch.set_num_threads(2)
+# A shell in the background hands an ignored SIGINT down, to the commands under test too.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 logging.disable_progress_bar()
 
 MakeModel = Callable[..., Path]

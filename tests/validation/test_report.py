@@ -306,6 +306,7 @@ def test_the_page_shows_every_part(joined: dict[str, Any]) -> None:
     wanted |= {f"accuracy.{text}.histogram.counts.{i}" for text in texts for i in range(40)}
     wanted |= {"errors.quantization.kl_mean", "errors.runtime.kl_mean", "tokenizer.checked"}
     assert wanted <= paths
+    assert "1 weight, mix Q4_K_M: Q8_0 instead of Q6_K" in page.render(joined)
 
 
 def test_the_page_stands_alone(joined: dict[str, Any]) -> None:
@@ -368,4 +369,8 @@ def test_markdown() -> None:
     text = summary.markdown(SAMPLE["report"])
     assert text.startswith("## sample-0.5B for galaxy-s24: passed\n")
     assert "| budget kl_mean | ok |" in text
+    assert (
+        "- mix Q4_K_M: Q8_0 instead of Q6_K, whose blocks do not divide 896: 1 of the weights"
+        in text
+    )
     assert "- Not executed: Samsung Galaxy S24" in text
