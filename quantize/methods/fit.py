@@ -28,11 +28,12 @@ def costs(table: Float32, importance: Float32 | None, span: int) -> Float32:
     """What an error counts in each weight of `table` (groups, size), rows after each other.
 
     Args:
-        importance: float32 (columns,), the mean of x^2 of each input; None: all count alike.
+        importance: float32 (columns,), the mean of x^2 of each input; None: all count alike, and
+            no costs are returned.
         span: weights, whole groups, of which the mean square tells what is large.
     """
     if importance is None or not importance.any():
-        return np.ones_like(table)
+        return np.empty((0, table.shape[1]), np.float32)
     inputs = importance.reshape(-1, table.shape[1])
     peak = inputs.max(1, keepdims=True)
     # Inputs that never mattered decide where nothing else does.
@@ -87,7 +88,8 @@ def with_minimum(
     for first in range(0, groups, LANES):
         count = min(LANES, groups - first)
         load(table, first, count, tile)
-        load(costs, first, count, cost)
+        if costs.size:
+            load(costs, first, count, cost)
         for lane in range(LANES):
             lowest[lane] = highest[lane] = w[lane] = wx[lane] = 0
             best[lane] = -1
@@ -163,7 +165,8 @@ def alone(
     for first in range(0, groups, LANES):
         count = min(LANES, groups - first)
         load(table, first, count, tile)
-        load(costs, first, count, cost)
+        if costs.size:
+            load(costs, first, count, cost)
         for lane in range(LANES):
             peak[lane] = best[lane] = best_scale[lane] = 0
         for j in range(size):

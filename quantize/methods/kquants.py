@@ -124,7 +124,8 @@ def _settle(
     for begin in range(0, groups, LANES):
         count = min(LANES, groups - begin)
         fit.load(table, begin, count, tile)
-        fit.load(costs, begin, count, cost)
+        if costs.size:
+            fit.load(costs, begin, count, cost)
         best[:] = np.inf
         for move in range(len(moves)):
             for lane in range(count):
