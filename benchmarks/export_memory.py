@@ -22,11 +22,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--layers", type=int, nargs="+", default=[22, 44])
     parser.add_argument("--method", default="rtn")
+    parser.add_argument("--preset", default="int4")
     parser.add_argument("--folder", type=Path, default=cache_folder(), help="for large files")
     parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
-        print(json.dumps(measure(options.layers[0], options.method, options.folder)))
+        quantize = {"method": options.method, "preset": options.preset}
+        print(json.dumps(measure(options.layers[0], quantize, options.folder)))
         return
     print("RssAnon in MB      peak above: imports   interpreter   |  peak   after imports")
     from random_llama import random_llama
@@ -43,7 +45,7 @@ def main() -> None:
         )
 
 
-def measure(layers: int, method: str, folder: Path) -> dict[str, int | str]:
+def measure(layers: int, quantize: dict[str, str], folder: Path) -> dict[str, int | str]:
     """Bytes before and after the imports, and at the peak of one export."""
     from random_llama import random_llama
 
@@ -53,8 +55,8 @@ def measure(layers: int, method: str, folder: Path) -> dict[str, int | str]:
     model = random_llama(layers, folder)
     imports = anonymous()
     with tempfile.TemporaryDirectory(dir=folder) as output, anonymous_peak() as peak:
-        settings = {"model": str(model), "targets": ["android"], "method": method}
-        export(Recipe(output=Path(output)).override(**settings), validate=False)
+        settings = {"model": str(model), "targets": ["android"]}
+        export(Recipe(output=Path(output)).override(**settings, **quantize), validate=False)
     return {
         "model": model.name,
         "interpreter": _INTERPRETER,
