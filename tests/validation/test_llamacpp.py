@@ -108,11 +108,11 @@ def test_vocabulary_is_read(exported):
     assert found.chat_template == model.tokenizer.chat_template
 
 
-@pytest.mark.parametrize("preset", ["int4", "int4-all", "int8"])
+@pytest.mark.parametrize("preset", ["int4", "int4-all", "int8", "Q4_K_M", "Q2_K", "IQ4_NL"])
 @pytest.mark.parametrize("tied", [True, False])
 def test_memory_is_as_predicted_for_this_machine(exported, preset, tied):
     """Repacked bytes and the KV cache by formula, within the 0.01 MiB that llama.cpp logs."""
-    model = exported("llama", preset, tie_word_embeddings=tied, vocab_size=4096, hidden_size=128)
+    model = exported("llama", preset, tie_word_embeddings=tied, vocab_size=4096, hidden_size=256)
     config = decoder_config(Checkpoint.open(model.model).config)
     found = llamacpp.measure(model.file, 300, [16], generated=2, threads=1)
     mapped, repacked = llamacpp_memory.weight_bytes(model.file, llamacpp_memory.isa_here())
