@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -12,7 +13,9 @@ from .compiled import compiled
 from .grid import SCALE_CEILING, SCALE_FLOOR, Float32, Grid, Int8
 from .methods import kquants, rtn
 
-_SMALL_ROW = 2.0**-8  # rows below it may need scales of blocks that float16 rounds coarsely
+# Rows whose largest weight lies outside may need scales of blocks that float16 rounds coarsely, or
+# does not reach.
+_ORDINARY = 2.0**-8, 2.0**16
 _LANES = 32
 
 
@@ -49,7 +52,7 @@ def measure(values: Float32, tensor: Quantized) -> Loss:
     """Of contiguous rows of a weight, float32 (rows, columns), and what became of them."""
     if isinstance(tensor, BlockTensor):
         error = _squared(values - tensor.dequantize())
-        return Loss(error, _squared(values), _added_to_small_rows(values, tensor.grid))
+        return Loss(error, _squared(values), _added_to_odd_rows(values, tensor.grid))
     scale = tensor.scale.reshape(-1)
     table = values.reshape(scale.size, -1)
     error, norm = _squares(table, tensor.codes.reshape(table.shape), scale)
@@ -62,27 +65,29 @@ def _added_by_limits(table: Float32, scale: Float32, grid: Grid) -> float:
     The same groups are solved again times a power of two that takes their scales off the limits.
     """
     alone = replace(grid, group=None)  # each group as a row of its own
-    added = 0.0
-    for limit, power in ((SCALE_FLOOR, 2.0**30), (SCALE_CEILING, 2.0**-30)):
-        bound = table[np.abs(scale) == limit]
-        if bound.size:
-            added += _rtn_error(bound, alone)
-            added -= _rtn_error(bound * np.float32(power), alone) / power**2
-    return max(added, 0.0)
+    return sum(
+        _added(table[np.abs(scale) == limit], lambda groups: _rtn_error(groups, alone))
+        for limit in (SCALE_FLOOR, SCALE_CEILING)
+    )
 
 
-def _added_to_small_rows(values: Float32, grid: BlockGrid) -> float:
-    """Squared error that float16's end adds to blocks, whose scales of scales are the smallest.
-
-    The same rows are rounded again times a power of two, as above.
-    """
+def _added_to_odd_rows(values: Float32, grid: BlockGrid) -> float:
+    """The same for the ends of float16, in the scales of ggml's blocks."""
     peak = np.abs(values).max(1)
-    small = values[(peak > 0) & (peak < _SMALL_ROW)]
-    if not small.size:
+    least, most = _ORDINARY
+    return sum(
+        _added(values[odd], lambda rows: _block_error(rows, grid))
+        for odd in ((peak > 0) & (peak < least), peak > most)
+    )
+
+
+def _added(values: Float32, error: Callable[[Float32], float]) -> float:
+    """What an error loses when the largest magnitude is brought to between 1/2 and 1."""
+    if not values.any():
         return 0.0
-    power = 2.0**20
-    raised = _block_error(small * np.float32(power), grid) / power**2
-    return max(_block_error(small, grid) - raised, 0.0)
+    _, exponent = math.frexp(np.abs(values).max())
+    raised = np.ldexp(values, -exponent)
+    return max(error(values) - math.ldexp(error(raised), 2 * exponent), 0.0)
 
 
 def _block_error(values: Float32, grid: BlockGrid) -> float:

@@ -1,8 +1,8 @@
 """How byte-level BPE splits a text first: from tokenizer.json to a name that llama.cpp knows.
 
 llama.cpp has many names for fewer behaviours (its `llama-vocab.cpp` and `unicode.cpp`): one name
-stands here for each. Known are those that were found equal to the tokenizers library on every
-character up to Unicode 15.1; docs/tokenizers.md has the figures and what is left.
+stands here for each. Known are those that were found equal to the tokenizers library on text of
+all scripts; docs/tokenizers.md has what is left.
 """
 
 from __future__ import annotations

@@ -58,11 +58,18 @@ def _costs(table: Float32, inputs: Vector) -> Float32:
 
 
 @compiled
-def load(table: Float32, first: int, count: int, tile: Float32) -> None:
-    """Groups first .. first + count - 1 into the lanes of `tile` (size, LANES)."""
+def load(
+    table: Float32, costs: Float32, first: int, count: int, tile: Float32, cost: Float32
+) -> None:
+    """Groups first .. first + count - 1 into the lanes of `tile`, their costs into `cost`.
+
+    Both are (size, LANES); `cost` stays as it is where there are no costs.
+    """
     for lane in range(count):
         for j in range(tile.shape[0]):
             tile[j, lane] = table[first + lane, j]
+            if costs.size:
+                cost[j, lane] = costs[first + lane, j]
 
 
 @compiled
@@ -87,9 +94,7 @@ def with_minimum(
     best_low = np.empty(LANES, np.float32)
     for first in range(0, groups, LANES):
         count = min(LANES, groups - first)
-        load(table, first, count, tile)
-        if costs.size:
-            load(costs, first, count, cost)
+        load(table, costs, first, count, tile, cost)
         for lane in range(LANES):
             lowest[lane] = highest[lane] = w[lane] = wx[lane] = 0
             best[lane] = -1
@@ -164,9 +169,7 @@ def alone(
     lowest, highest = ends
     for first in range(0, groups, LANES):
         count = min(LANES, groups - first)
-        load(table, first, count, tile)
-        if costs.size:
-            load(costs, first, count, cost)
+        load(table, costs, first, count, tile, cost)
         for lane in range(LANES):
             peak[lane] = best[lane] = best_scale[lane] = 0
         for j in range(size):

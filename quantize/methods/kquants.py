@@ -123,19 +123,14 @@ def _settle(
     chosen = np.zeros(LANES, np.int64)
     for begin in range(0, groups, LANES):
         count = min(LANES, groups - begin)
-        fit.load(table, begin, count, tile)
-        if costs.size:
-            fit.load(costs, begin, count, cost)
+        fit.load(table, costs, begin, count, tile, cost)
         best[:] = np.inf
         for move in range(len(moves)):
             for lane in range(count):
                 group = begin + lane
-                scale, minimum = (
-                    small_scale[group] + moves[move, 0],
-                    small_low[group] + moves[move, 1],
-                )
-                step[lane] = shared_scale[group // per] * np.float32(scale)
-                low[lane] = -shared_low[group // per] * np.float32(minimum)
+                a, b = small_scale[group] + moves[move, 0], small_low[group] + moves[move, 1]
+                step[lane] = shared_scale[group // per] * np.float32(a)
+                low[lane] = -shared_low[group // per] * np.float32(b)
                 inverse[lane] = np.float32(1) / step[lane] if step[lane] != 0 else np.float32(0)
             error[:] = 0
             for j in range(size):

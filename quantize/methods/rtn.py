@@ -64,12 +64,19 @@ def find_scale(
         costs = fit.costs(table, importance, table.shape[1])
         scale = np.empty(rows * groups, np.float32)
         fit.alone(table, costs, _limits(grid), _RANGES[grid.bits], grid.signed_scale, scale)
+        lost = scale == 0  # squares of what is far from 1 are beyond float32
+        scale[lost] = _searched(table[lost], grid)
     elif search:
-        scale = np.empty(rows * groups, np.float32)
-        _find_scales(table, _DIVISORS[grid.bits], *_limits(grid), grid.signed_scale, scale)
+        scale = _searched(table, grid)
     else:
         scale = _outermost_scale(table, grid)
     return round_scale(scale.reshape(rows, groups))
+
+
+def _searched(table: Float32, grid: Grid) -> Vector:
+    scale = np.empty(len(table), np.float32)
+    _find_scales(table, _DIVISORS[grid.bits], *_limits(grid), grid.signed_scale, scale)
+    return scale
 
 
 def _outermost_scale(table: Float32, grid: Grid) -> Vector:

@@ -37,28 +37,34 @@ def output_error(quantized: Quantized, weight: Float32, hessian: Float32) -> flo
     return float(np.einsum("ij,jk,ik->", difference, hessian.astype(np.float64), difference))
 
 
-def textbook(weight: Float32, scale: Float32, grid: Grid, hessian: Float32) -> Float64:
-    """Algorithm 1 of arXiv:2210.17323 in float64, one column at a time, the largest first."""
+def textbook(weight: Float32, levels: Float64, hessian: Float32) -> npt.NDArray[np.int64]:
+    """Algorithm 1 of arXiv:2210.17323 in float64, one column at a time, the largest first.
+
+    `levels` (rows, columns, codes) are the values that each weight may have; which it gets is
+    returned.
+    """
     order = np.argsort(hessian.diagonal(), kind="stable")[::-1]
     ordered = hessian[np.ix_(order, order)].astype(np.float64)
     ordered[np.diag_indices_from(ordered)] += 0.01 * ordered.diagonal().mean()
     inverse = np.linalg.cholesky(np.linalg.inv(ordered)).T
     left = weight[:, order].astype(np.float64)
-    codes = np.empty_like(left)
-    group = grid.group or weight.shape[1]
+    chosen = np.empty(weight.shape, np.int64)
     for column, source in enumerate(order):
-        step = scale[:, source // group]
-        codes[:, source] = np.clip(np.rint(left[:, column] / step), grid.low, grid.high)
-        error = (left[:, column] - codes[:, source] * step) / inverse[column, column]
+        every = levels[:, source]
+        chosen[:, source] = np.abs(every - left[:, column, None]).argmin(1)
+        value = np.take_along_axis(every, chosen[:, source, None], 1)[:, 0]
+        error = (left[:, column] - value) / inverse[column, column]
         left[:, column:] -= error[:, None] * inverse[column, column:]
-    return codes
+    return chosen
 
 
 @pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS)
 def test_codes_are_those_of_the_textbook(grid: Grid) -> None:
     weight, hessian = problem(48, width(grid, 320))
     quantized = gptq.solve(weight, grid, hessian)
-    expected = textbook(weight, quantized.scale, grid, hessian)
+    step = np.repeat(quantized.scale.astype(np.float64), grid.group or weight.shape[1], 1)
+    levels = step[..., None] * np.arange(grid.low, grid.high + 1)
+    expected = textbook(weight, levels, hessian) + grid.low
     assert (quantized.codes == expected).mean() > 0.999
 
 
@@ -185,18 +191,9 @@ def test_codes_of_blocks_are_those_of_the_textbook(kind: Type) -> None:
     grid, known = BlockGrid(kind), CODES[kind]
     quantized = gptq.solve(weight, grid, hessian)
     low, step = (np.repeat(part, known.group, 1) for part in low_and_step(quantized))
-    order = np.argsort(hessian.diagonal(), kind="stable")[::-1]
-    ordered = hessian[np.ix_(order, order)].astype(np.float64)
-    ordered[np.diag_indices_from(ordered)] += 0.01 * ordered.diagonal().mean()
-    inverse = np.linalg.cholesky(np.linalg.inv(ordered)).T
-    left = weight[:, order].astype(np.float64)
-    values = np.empty_like(left)
-    for column, source in enumerate(order):
-        every = low[:, source, None] + step[:, source, None] * known.levels.astype(np.float64)
-        nearest = np.abs(every - left[:, column, None]).argmin(1)
-        values[:, source] = every[np.arange(12), nearest]
-        error = (left[:, column] - values[:, source]) / inverse[column, column]
-        left[:, column:] -= error[:, None] * inverse[column, column:]
+    levels = low[..., None] + step[..., None] * known.levels.astype(np.float64)
+    chosen = textbook(weight, levels, hessian)
+    values = np.take_along_axis(levels, chosen[..., None], 2)[..., 0]
     assert np.isclose(quantized.dequantize(), values, atol=1e-5).mean() > 0.99
 
 

@@ -68,7 +68,7 @@ def test_one_input_far_above_all_others_ruins_nothing(kind: Type) -> None:
         for given in (importance, None)
     )
     assert weighed[:, 77].sum() < 0.1 * plain[:, 77].sum()
-    assert weighed.sum() < 1.2 * plain.sum()  # with ggml's kernels it is up to 9.5
+    assert weighed.sum() < 1.2 * plain.sum()
 
 
 @every_type

@@ -321,6 +321,22 @@ def test_weights_beyond_the_scales_of_blocks_are_refused(preset, factor, wide, t
     assert not (tmp_path / "a").exists()
 
 
+DOWN = "model.layers.1.mlp.down_proj.weight"  # the last: whatever it holds breaks no input
+
+
+@pytest.mark.parametrize("preset", ["int4", "int8", "int2", "Q4_K_M", "Q3_K_S"])
+@pytest.mark.parametrize(
+    ("method", "factor"),
+    # Tiny weights become what gives drift back under gptq.
+    [("rtn", 1e-18), ("rtn", 1e-12)]
+    + [(method, factor) for method in ("rtn", "gptq") for factor in (1e10, 1e13, 1e18, 1e19, 3e19)],
+)
+def test_weights_far_beyond_float16_are_refused(method, factor, preset, wide, windows, tmp_path):
+    far = Changed(wide, **{DOWN: wide.rows(DOWN) * np.float32(factor)})
+    with pytest.raises(Unsupported, match="float16"):
+        run(far, wide, tmp_path / "a", windows=windows, preset=preset, method=method)
+
+
 def test_inputs_that_never_mattered_keep_their_weights(wide, windows, tmp_path):
     config = decoder_config(wide.config)
     measured = importance(wide, config, windows, lambda *_: None)
@@ -339,8 +355,9 @@ def test_inputs_that_never_mattered_keep_their_weights(wide, windows, tmp_path):
 
 
 @pytest.mark.parametrize("preset", ["Q4_K_M", "Q4_0", "IQ4_XS"])
-def test_weights_below_the_scales_of_blocks_are_refused(preset, wide, tmp_path):
-    tiny = Changed(wide, **{UP: wide.rows(UP) * np.float32(1e-7)})
+@pytest.mark.parametrize("factor", [1e-7, 1e-12, 1e-18])
+def test_weights_below_the_scales_of_blocks_are_refused(preset, factor, wide, tmp_path):
+    tiny = Changed(wide, **{UP: wide.rows(UP) * np.float32(factor)})
     with pytest.raises(Unsupported, match="float16 holds no such scales"):
         run(tiny, wide, tmp_path / "a", preset=preset, method="rtn")
     little = Changed(wide, **{UP: wide.rows(UP) * np.float32(0.1)})
