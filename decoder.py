@@ -91,19 +91,26 @@ def _tables(attention: LayerAttention, head_dim: int, length: int) -> Tables:
         seen = (ahead >= 0) & (ahead < attention.window)
     if attention.rope is None:
         return Tables(None, None, seen)
+    cos, sin = rotations(attention.rope, head_dim, length)
+    return Tables(torch.cat((cos, cos), dim=-1), torch.cat((sin, sin), dim=-1), seen)
+
+
+def rotations(rope: Rope, head_dim: int, length: int) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the positions below `length`: (length, rotated / 2).
+
+    Angles are float32, as in transformers; their functions are taken in float64 and rounded, so
+    that every CPU gets the same numbers.
+    """
     positions = torch.arange(length, dtype=torch.float32)
-    angles = torch.outer(positions, _frequencies(attention.rope, attention.rope.rotated(head_dim)))
-    angles = torch.cat((angles, angles), dim=-1)
-    scale = attention.rope.attention_factor
-    if attention.rope.kind == "yarn":
-        scale *= _yarn_scale(attention.rope)
-    return Tables(angles.cos() * scale, angles.sin() * scale, seen)
+    angles = torch.outer(positions, _frequencies(rope, rope.rotated(head_dim))).double()
+    scale = rope.attention_factor * (_yarn_scale(rope) if rope.kind == "yarn" else 1.0)
+    return angles.cos().float() * scale, angles.sin().float() * scale
 
 
 def _frequencies(rope: Rope, head_dim: int) -> Tensor:
     """Radians per position, (head_dim / 2,); the scalings of `modeling_rope_utils.py`."""
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
-    plain = 1.0 / (rope.theta**exponents)
+    plain = 1.0 / (rope.theta ** exponents.double()).float()
     if rope.kind == "default":
         return plain
     if rope.kind == "linear":

@@ -26,9 +26,8 @@ from .quantize.store import Origin, QuantizedCheckpoint
 from .quantize.tensor import weights_digest
 from .quantize.windows import Windows
 from .recipe import Recipe
-from .shipping import shipment
-from .shipping.assembly import Files
-from .shipping.shipment import CONTAINERS, RUNTIMES, Job, plan_jobs
+from .shipping import containers, shipment
+from .shipping.shipment import make_job, plan_jobs
 from .shipping.source import Source, open_source, plan_of
 from .shipping.texts import read_texts
 from .targets.target import Limit, Target, load_target
@@ -202,7 +201,7 @@ def validate(
     container, decoder, plan = _contents(folder, manifest)
     source = open_source(recipe, offline=offline)
     _refuse_other_inputs(folder, manifest, source)
-    job = Job(Target.from_json(manifest["profile"]), container, folder)
+    job = make_job(Target.from_json(manifest["profile"]), container, source, folder)
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
         quantized = quantizer.restore(
@@ -218,9 +217,9 @@ def validate(
             stated = manifest["weights_digest"]
             raise _mismatch(folder, "all weights", quantized.weights_digest, stated)
         texts = read_texts(recipe, source, calibrate=False, validate=True, progress=progress)
-        files = Files.of(folder, container, source)
+        files = job.files(source, plan)
         case = shipment.case_of(job, source, quantized, texts, files)
-        judged = judge(case, RUNTIMES[container.NAME], work, progress)
+        judged = judge(case, job.runtime, work, progress)
     errors = manifest["errors"]
     found = shipment.report_on(job, recipe, source, quantized, texts, files, judged, errors)
     return report.joined(found, report.measurements(judged.measurements))
@@ -267,9 +266,7 @@ def verify(folder: Path) -> dict[str, Any]:
     if found != manifest["weights_digest"]:
         raise _mismatch(folder, "all weights", found, manifest["weights_digest"])
     for path in sorted((folder / "adapters").glob("*")):
-        base = container.adapter_base(path)
-        if base != found:
-            raise _mismatch(folder, f"the base of {path.name}", base, found)
+        container.refuse_foreign_adapter(path, found)
     return {
         "schema": "slimport.verify/1",
         "files": len(manifest["files"]),
@@ -291,13 +288,13 @@ def _contents(folder: Path, manifest: Mapping[str, Any]) -> tuple[Container, Dec
             f"{type(error).__name__} {error}",
             "export the bundle again",
         ) from error
-    if name not in CONTAINERS:
+    if name not in containers.NAMES:
         raise Unsupported(
             f"{folder} holds container {name}",
-            f"this slimport reads {', '.join(CONTAINERS)}",
+            f"this slimport reads {', '.join(containers.NAMES)}",
             "use the slimport that made it",
         )
-    return CONTAINERS[name], decoder, plan
+    return containers.load(name).container, decoder, plan
 
 
 def _grids(plan: Plan) -> dict[str, str]:

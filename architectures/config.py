@@ -34,7 +34,7 @@ class DecoderConfig:
     """The mathematics of a decoder-only transformer with RMSNorm, RoPE, GQA and a gated FFN.
 
     Attributes:
-        context_length: the longest text that llama.cpp computes as transformers does.
+        context_length: the longest text that the decoder is for.
         rope: of the layers that have no window; `local_rope` of those that have, if not the same.
         window: of the layers where `windowed` says so.
         rotated: whether a layer rotates q and k.
@@ -110,9 +110,7 @@ def decoder_config(config: Mapping[str, Any]) -> DecoderConfig:
         found = [len(rope.short_factors), len(rope.long_factors)]
         raise not_held("lengths of short_factor and long_factor", found, f"{pairs} of each")
     context = size("max_position_embeddings")
-    if window is not None and not any(windowed):  # a window that is never reached
-        context, window = min(context, window), None
-    if rope.kind == "longrope":  # beyond, transformers and llama.cpp turn at other rates
+    if rope.kind == "longrope":  # beyond, transformers turns at other rates, in the past too
         context = min(context, rope.original_context)
     return DecoderConfig(
         family=family,
@@ -210,11 +208,7 @@ def _refuse_unknown(config: Mapping[str, Any], family: Family) -> None:
 def _windows(
     config: Mapping[str, Any], family: Family, layers: int
 ) -> tuple[int | None, tuple[bool, ...]]:
-    """The window, and the layers that have it.
-
-    A window that caps the context belongs to no layer.
-    """
-    none = (False,) * layers
+    """The window, and the layers that have it."""
     kinds = config.get("layer_types")
     if kinds is not None and (
         not isinstance(kinds, list)
@@ -223,10 +217,11 @@ def _windows(
     ):
         raise not_held("layer_types", kinds, f"{_SLIDING} or {_FULL} for each layer")
     if family.full_period is None:
-        if kinds is not None and _SLIDING in kinds and not family.capped_by_window:
+        if kinds is not None and _SLIDING in kinds and not family.all_windowed:
             raise not_held("layer_types", kinds, f"{_FULL} in every layer")
-        capped = family.capped_by_window and config.get("sliding_window") is not None
-        return (whole(config, "sliding_window") if capped else None), none
+        if family.all_windowed and config.get("sliding_window") is not None:
+            return whole(config, "sliding_window"), (True,) * layers
+        return None, (False,) * layers
     if kinds is None:
         period = whole(config, "sliding_window_pattern", family.full_period)
         return whole(config, "sliding_window"), tuple((i + 1) % period > 0 for i in range(layers))

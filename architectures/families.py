@@ -72,8 +72,7 @@ class Family:
         full_period: every how many layers one attends without a window, if config.json does not
             say; None: the family has no windows.
         no_rope_period: every how many layers one is not rotated; None: all are rotated.
-        capped_by_window: whether every layer has the window that config.json may name; llama.cpp
-            has none there, so it ends the context.
+        all_windowed: whether every layer has the window that config.json may name.
         two_ropes: whether layers with a window turn at a rate of their own.
         keys: config keys of this family beside COMMON_KEYS that are understood.
         defaults: what transformers takes for keys that config.json leaves out.
@@ -93,7 +92,7 @@ class Family:
     scaled_embedding: bool = False
     full_period: int | None = None
     no_rope_period: int | None = None
-    capped_by_window: bool = False
+    all_windowed: bool = False
     two_ropes: bool = False
     keys: frozenset[str] = frozenset()
     defaults: tuple[tuple[str, Any], ...] = ()
@@ -127,7 +126,7 @@ FAMILIES = {
             "llama",
             interleaved_rope=True,
             qkv_bias=False,
-            capped_by_window=True,
+            all_windowed=True,
             keys=frozenset({"sliding_window"}),
             defaults=(("sliding_window", 4096),),
         ),
@@ -189,7 +188,7 @@ FAMILIES = {
             "phi3",
             qkv_bias=False,
             fused=True,
-            capped_by_window=True,
+            all_windowed=True,
             keys=frozenset(
                 """sliding_window original_max_position_embeddings partial_rotary_factor resid_pdrop
                 embd_pdrop full_attn_mod interpolate_factor auto_map""".split()

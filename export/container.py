@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from ..adapters.adapter import Adapter
-from ..architectures import DecoderConfig
+from ..architectures import DecoderConfig, Kind
+from ..errors import BadInput
 from ..quantize.blocks import Quantized
 from ..quantize.grid import Float32
 from ..quantize.plan import Plan
@@ -37,6 +38,27 @@ class ReadBack:
     float_errors: Mapping[str, float]
 
 
+@dataclass(frozen=True, slots=True)
+class Deployment:
+    """What the files of a model are made for.
+
+    Attributes:
+        context: tokens of a text and its continuation that the device keeps.
+        adapted: kinds of the matrices that separate adapters change at run time.
+    """
+
+    context: int
+    adapted: frozenset[Kind] = frozenset()
+
+
+class Minimum(NamedTuple):
+    """The oldest release of a runtime that reads a file, and what it is needed for."""
+
+    runtime: str
+    build: str
+    reason: str
+
+
 class Container(Protocol):
     """A file format that holds the codes of a quantized checkpoint exactly."""
 
@@ -46,33 +68,54 @@ class Container(Protocol):
 
     @property
     def FILE(self) -> str:
-        """The file that a runtime is given."""
+        """The file that a runtime is given; others may lie beside it."""
+
+    @property
+    def LIBRARIES(self) -> tuple[str, ...]:
+        """Distributions that the bytes of the files depend on."""
+
+    def context_length(self, config: DecoderConfig) -> int:
+        """The longest text that the runtime computes as transformers does."""
+
+    def kv_cache(self, wanted: str) -> str:
+        """The dtype of keys and values in the runtime, for a target that wants `wanted`."""
 
     def refuse(self, config: DecoderConfig, plan: Plan, tokenizer: Tokenizer) -> None:
         """Raise Unsupported if the container cannot hold this exactly; before any work starts."""
 
     def predict(
-        self, config: DecoderConfig, plan: Plan, tokenizer: Tokenizer, name: str
+        self,
+        config: DecoderConfig,
+        plan: Plan,
+        tokenizer: Tokenizer,
+        name: str,
+        deployment: Deployment,
     ) -> dict[str, int]:
         """{file name: bytes} of what `write` would write, to the byte; `name` is the model's."""
 
     def tensor_bytes(self, config: DecoderConfig, plan: Plan) -> dict[str, int]:
         """{source name: bytes} that each weight takes in the file, padding left out."""
 
-    def write(self, model: QuantizedCheckpoint, tokenizer: Tokenizer, folder: Path) -> list[Path]:
+    def write(
+        self,
+        model: QuantizedCheckpoint,
+        tokenizer: Tokenizer,
+        folder: Path,
+        deployment: Deployment,
+    ) -> list[Path]:
         """Write the files, tensor by tensor, fsynced; returns their paths."""
 
     def read_back(
         self, folder: Path, config: DecoderConfig, grids: Mapping[str, str]
     ) -> Iterator[tuple[str, Quantized | Float32]]:
-        """Every tensor of the finished file, under its source name and in source row order.
+        """Every tensor of the finished files, under its source name and in source row order.
 
         `grids` is {source name: grid name} of the quantized weights. Shares no code with the
         packer.
         """
 
     def check(self, model: QuantizedCheckpoint, folder: Path) -> ReadBack:
-        """Compare every code, scale and value of the finished file with the checkpoint.
+        """Compare every code, scale and value of the finished files with the checkpoint.
 
         Raises ValidationFailed naming the weight and its first differing element.
         """
@@ -96,19 +139,23 @@ class Container(Protocol):
     ) -> None:
         """Read an adapter's file back; raise ValidationFailed where it differs."""
 
-    def adapter_base(self, path: Path) -> str | None:
-        """The weights digest of the base that an adapter's file is bound to."""
+    def refuse_foreign_adapter(self, path: Path, base: str) -> None:
+        """Raise BadInput if an adapter's file is not for the base with this weights digest."""
 
     def minimum_runtime(
         self, config: DecoderConfig, plan: Plan, tokenizer: Tokenizer, separate: bool
-    ) -> tuple[str, str]:
-        """The oldest release of the runtime that reads the files, and what it is needed for.
-
-        `separate`: whether adapters stay separate.
-        """
+    ) -> Minimum:
+        """What the device needs; `separate`: whether adapters stay separate."""
 
     def readme(self, fields: Mapping[str, str], adapters: list[str]) -> str:
         """The bundle's README.md: how to load it on the device, with code.
 
         `fields` are those of assembly.write_readme; `adapters` are paths within the bundle.
         """
+
+
+def foreign_adapter(path: Path, why: str) -> BadInput:
+    """What `refuse_foreign_adapter` raises."""
+    return BadInput(
+        f"{path.name} is not an adapter of this base", why, "export base and adapter together again"
+    )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 import shutil
 from collections.abc import Mapping
@@ -21,30 +20,27 @@ from ..settings import format_size
 from ..targets.target import Target
 from .source import Source
 
-TOOLS = ("slimport", "torch", "transformers", "peft", "numpy", "numba", "gguf", "xllamacpp")
+TOOLS = ("slimport", "torch", "transformers", "peft", "numpy", "numba")
 _NFC = (
     "\nText must be in Unicode's NFC: the model's tokenizer normalizes it and llama.cpp does not"
     " (`java.text.Normalizer` does)."
 )
-SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 
 @dataclass(frozen=True, slots=True)
 class Files:
-    """What goes onto the device."""
+    """What goes onto the device: the model's files, first what a runtime is given; adapters."""
 
-    model: Path
+    base: tuple[Path, ...]
     adapters: tuple[Path, ...]
 
-    @classmethod
-    def of(cls, folder: Path, container: Container, source: Source) -> Files:
-        """Those of a finished bundle of this source."""
-        names = [entry.name for entry, _ in source.adapters] if source.mode == "separate" else []
-        suffix = Path(container.FILE).suffix
-        return cls(
-            folder / container.FILE,
-            tuple(folder / "adapters" / f"{name}{suffix}" for name in names),
-        )
+    @property
+    def model(self) -> Path:
+        return self.base[0]
+
+    @property
+    def model_bytes(self) -> int:
+        return sum(path.stat().st_size for path in self.base)
 
 
 def copy_licenses(source: Source, texts: list[Path], folder: Path) -> None:
@@ -72,7 +68,7 @@ def write_tokenizer_notes(source: Source, golden: dict[str, Any] | None, folder:
     tokenizer = source.tokenizer
     notes = {
         "schema": "slimport.generation/1",
-        "sampling": sampling(source),
+        "sampling": tokenizer.sampling,
         "eos_ids": list(tokenizer.eos_ids),
         "stop_strings": stops(source),
         "chat_template": tokenizer.chat_template,
@@ -81,15 +77,6 @@ def write_tokenizer_notes(source: Source, golden: dict[str, Any] | None, folder:
     (target / "generation.json").write_bytes(canonical_json(notes))
     if golden is not None:
         (target / "golden.json").write_bytes(canonical_json(golden))
-
-
-def sampling(source: Source) -> dict[str, Any]:
-    """The defaults of the model's makers, from generation_config.json; empty without one."""
-    path = source.checkpoint.folder / "generation_config.json"
-    if not path.is_file():
-        return {}
-    stated = json.loads(path.read_text(encoding="utf-8"))
-    return {key: stated[key] for key in SAMPLING if stated.get(key) is not None}
 
 
 def inputs(
@@ -118,9 +105,10 @@ def inputs(
     }
 
 
-def tools() -> dict[str, str]:
+def tools(container: Container) -> dict[str, str]:
     """Versions of what the bytes depend on."""
-    return {"python": platform.python_version()} | {name: version(name) for name in TOOLS}
+    names = (*TOOLS, *container.LIBRARIES)
+    return {"python": platform.python_version()} | {name: version(name) for name in names}
 
 
 def write_readme(
@@ -134,15 +122,15 @@ def write_readme(
 ) -> None:
     """README.md: how to load this bundle on the device, with code; `report` None: not judged."""
     separate = bool(files.adapters)
-    build, reason = container.minimum_runtime(source.decoder, plan, source.tokenizer, separate)
-    settings = sampling(source)
+    minimum = container.minimum_runtime(source.decoder, plan, source.tokenizer, separate)
+    settings = source.tokenizer.sampling
     fields = {
         "name": source.name,
         "target": target.title,
         "model": files.model.name,
-        "size": format_size(files.model.stat().st_size),
-        "minimum_build": build,
-        "minimum_reason": reason,
+        "size": format_size(files.model_bytes),
+        "minimum_build": minimum.build,
+        "minimum_reason": minimum.reason,
         "judged": judged(report),
         "context": str(target.context_length),
         "sampling": ", ".join(f"{key} {value}" for key, value in settings.items()) or "none",

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from ..architectures import Kind
-from ..export.container import Container
 from ..quantize import imatrix
 from ..quantize.blocks import BlockGrid
 from ..quantize.plan import Choice, Plan, grid_summary
@@ -79,11 +78,7 @@ def forecast(recipe: Recipe, *, offline: bool = False) -> Forecast:
     if recipe.quantize.imatrix:
         imatrix.read(recipe.quantize.imatrix, source.decoder)
     jobs = [
-        JobForecast(
-            job.target.name,
-            job.container.NAME,
-            _files(job.container, source, plan),
-        )
+        JobForecast(job.target.name, job.container.NAME, job.predict(source, plan))
         for job in plan_jobs(recipe, source, plan)
     ]
     model_bytes = sum(sum(job.files.values()) for job in jobs)
@@ -104,15 +99,6 @@ def forecast(recipe: Recipe, *, offline: bool = False) -> Forecast:
         free_disk=_free(recipe.output),
         seconds=_seconds(recipe, plan, source),
     )
-
-
-def _files(container: Container, source: Source, plan: Plan) -> dict[str, int]:
-    files = container.predict(source.decoder, plan, source.tokenizer, source.name)
-    if source.mode == "separate":
-        for _, adapter in source.adapters:
-            predicted = container.predict_adapter(adapter, source.decoder)
-            files |= {f"adapters/{name}": size for name, size in predicted.items()}
-    return files
 
 
 def _memory(plan: Plan) -> int:

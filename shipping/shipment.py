@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from .. import bundle
+from ..adapters.adapter import Adapter
+from ..architectures import weights
 from ..errors import Unsupported, UsageError, ValidationFailed
-from ..export import gguf
-from ..export.container import Container
+from ..export.container import Container, Deployment
 from ..quantize.plan import Plan
 from ..quantize.store import QuantizedCheckpoint
 from ..recipe import Recipe
@@ -20,16 +21,14 @@ from ..validation import budget, conformance, report
 from ..validation.footprint import footprint
 from ..validation.judge import Case, Judgement, golden_json, judge
 from ..validation.runtime import Runtime
-from ..validation.runtimes import llamacpp
 from ..validation.runtimes.reference import Oracle
-from . import assembly
+from . import assembly, containers
 from .assembly import Files
 from .source import Source
 from .texts import Texts, oracle
 
 Progress = Callable[[str, int, int], None]
-CONTAINERS: Mapping[str, Container] = {gguf.NAME: gguf}
-RUNTIMES: Mapping[str, Runtime] = {gguf.NAME: llamacpp}
+_ADAPTERS = "adapters/"
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +38,43 @@ class Job:
     target: Target
     container: Container
     destination: Path
+    deployment: Deployment
+
+    @property
+    def runtime(self) -> Runtime:
+        """What judges the container."""
+        return containers.load(self.container.NAME).runtime
+
+    def files(self, source: Source, plan: Plan) -> Files:
+        """Those of the finished bundle."""
+        paths = {name: self.destination / name for name in self.predict(source, plan)}
+        adapters = {name: path for name, path in paths.items() if name.startswith(_ADAPTERS)}
+        base = {name: path for name, path in paths.items() if name not in adapters}
+        return Files(tuple(base.values()), tuple(adapters.values()))
+
+    def predict(self, source: Source, plan: Plan) -> dict[str, int]:
+        """{path in the bundle: bytes} of the model's files, FILE first, and of adapters."""
+        given = (source.decoder, plan, source.tokenizer, source.name, self.deployment)
+        files = self.container.predict(*given)
+        for adapter in separate_adapters(source):
+            predicted = self.container.predict_adapter(adapter, source.decoder)
+            files |= {f"{_ADAPTERS}{name}": size for name, size in predicted.items()}
+        return files
+
+
+def separate_adapters(source: Source) -> list[Adapter]:
+    """Those that stay beside the base."""
+    return [adapter for _, adapter in source.adapters] if source.mode == "separate" else []
+
+
+def make_job(target: Target, container: Container, source: Source, destination: Path) -> Job:
+    """A job with the target's context as far as model and container go."""
+    context = min(target.context_length, container.context_length(source.decoder))
+    cache = container.kv_cache(target.kv_cache)
+    changed = {name for adapter in separate_adapters(source) for name in adapter.deltas}
+    kinds = {weight.kind for weight in weights(source.decoder) if weight.name in changed}
+    target = replace(target, context_length=context, kv_cache=cache)
+    return Job(target, container, destination, Deployment(context, frozenset(kinds)))
 
 
 def plan_jobs(recipe: Recipe, source: Source, plan: Plan) -> list[Job]:
@@ -57,14 +93,11 @@ def plan_jobs(recipe: Recipe, source: Source, plan: Plan) -> list[Job]:
     jobs = []
     for name in recipe.targets:
         target = load_target(name)
-        if source.decoder.context_length < target.context_length:
-            target = replace(target, context_length=source.decoder.context_length)
         container = _container(target, recipe.container)
         container.refuse(source.decoder, plan, source.tokenizer)
-        if source.mode == "separate":
-            for _, adapter in source.adapters:
-                container.refuse_adapter(adapter)
-        jobs.append(Job(target, container, recipe.output / target.name))
+        for adapter in separate_adapters(source):
+            container.refuse_adapter(adapter)
+        jobs.append(make_job(target, container, source, recipe.output / target.name))
     names = [job.target.name for job in jobs]
     for name in names:
         if names.count(name) > 1:
@@ -78,13 +111,13 @@ def plan_jobs(recipe: Recipe, source: Source, plan: Plan) -> list[Job]:
 
 def _container(target: Target, wanted: str | None) -> Container:
     for name in (wanted,) if wanted else target.containers:
-        if name in CONTAINERS:
-            return CONTAINERS[name]
+        if name in containers.NAMES:
+            return containers.load(name).container
     preferred = wanted or ", ".join(target.containers)
     raise Unsupported(
         f"target {target.name}: container {preferred} is not there yet",
-        f"slimport writes {', '.join(CONTAINERS)} so far",
-        f"run it with --container {next(iter(CONTAINERS))}",
+        f"slimport writes {', '.join(containers.NAMES)} so far",
+        f"run it with --container {containers.NAMES[0]}",
     )
 
 
@@ -103,7 +136,7 @@ def build(
         assembly.copy_licenses(source, texts.files, folder)
         if not texts.judged:
             if recipe.pre is not None:  # a claim of the user's, and quick to check
-                conformance.check(source.tokenizer, files.model, RUNTIMES[job.container.NAME])
+                conformance.check(source.tokenizer, files.model, job.runtime)
             assembly.write_tokenizer_notes(source, None, folder)
             assembly.write_readme(
                 job.container, job.target, source, quantized.plan, None, files, folder
@@ -111,7 +144,7 @@ def build(
             bundle.write_manifest(folder, _manifest(job, recipe, source, quantized, texts, None))
             return
         case = case_of(job, source, quantized, texts, files)
-        judgement = judge(case, RUNTIMES[job.container.NAME], work, progress)
+        judgement = judge(case, job.runtime, work, progress)
         found = report_on(job, recipe, source, quantized, texts, files, judgement, quantized.errors)
         assembly.write_tokenizer_notes(source, golden_json(judgement, case), folder)
         assembly.write_readme(
@@ -129,26 +162,26 @@ def pack(
     """Write the container and its adapters; read every code back."""
     stage = f"packing {job.container.NAME}"
     progress(stage, 0, 2)
-    (model,) = job.container.write(quantized, source.tokenizer, folder)
+    written = job.container.write(quantized, source.tokenizer, folder, job.deployment)
     adapters = []
     if source.mode == "separate" and source.adapters:
-        (folder / "adapters").mkdir()
+        (folder / _ADAPTERS).mkdir()
         base = quantized.weights_digest
         for entry, adapter in source.adapters:
             given = (adapter, source.decoder)
-            path = job.container.write_adapter(*given, folder / "adapters", base, entry.scale)
+            path = job.container.write_adapter(*given, folder / _ADAPTERS, base, entry.scale)
             job.container.check_adapter(path, *given, base, entry.scale)
             adapters.append(path)
     progress(stage, 1, 2)
     read_back = job.container.check(quantized, folder)
     if read_back.weights_digest != quantized.weights_digest:
         raise ValidationFailed(
-            f"{model.name} does not hold the codes that were quantized",
+            f"{job.container.FILE} does not hold the codes that were quantized",
             f"its digest is {read_back.weights_digest}, not {quantized.weights_digest}",
             "export again; if it stays, report it with the model's config.json",
         )
     progress(stage, 2, 2)
-    return Files(model, tuple(adapters))
+    return Files(tuple(written), tuple(adapters))
 
 
 def case_of(
@@ -186,12 +219,13 @@ def report_on(
     errors: Mapping[str, float],
 ) -> dict[str, Any]:
     """report.json; `errors` are relative RMSE by weight."""
-    runtime = RUNTIMES[job.container.NAME]
+    runtime = job.runtime
     sizes = footprint(
-        (files.model, *files.adapters),
-        [files.model],
+        (*files.base, *files.adapters),
+        files.base,
         runtime.memory_on(files.model, job.target.isa, judgement.measurements.memory),
         job.target.isa,
+        runtime.PREDICTED,
     )
     subject = report.Subject(
         model={"name": source.name, "version": recipe.version},
@@ -211,7 +245,7 @@ def report_on(
         texts=texts.origins,
         samples=_samples(source, judgement),
         inputs=assembly.inputs(source, quantized, texts.judged),
-        tools=assembly.tools(),
+        tools=assembly.tools(job.container),
         findings=limits.findings(job.target, files.model.parent, sizes.download_bytes),
         not_judged=[
             f"adapter {path.stem}: only {files.adapters[0].stem} was judged beside the base"
@@ -251,7 +285,7 @@ def _manifest(
 
     `found` is the report; None: nothing was judged.
     """
-    build, reason = job.container.minimum_runtime(
+    minimum = job.container.minimum_runtime(
         source.decoder, quantized.plan, source.tokenizer, source.mode == "separate"
     )
     return {
@@ -273,8 +307,8 @@ def _manifest(
         "config": _public(quantized.config),
         "inputs": assembly.inputs(source, quantized, texts.judged),
         "recipe": recipe.to_json(),
-        "tools": assembly.tools(),
-        "minimum_runtime": {"runtime": "llama.cpp", "build": build, "reason": reason},
+        "tools": assembly.tools(job.container),
+        "minimum_runtime": minimum._asdict(),
     }
 
 

@@ -28,6 +28,7 @@ _SETTINGS = (
     "generation_config.json",
     "config.json",
 )
+SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 _EOS_TOKENS = ("eos_token", "eot_token", "eom_token")
 
 
@@ -115,6 +116,13 @@ class Tokenizer:
         """The files that ship with a model."""
         paths = (self.folder / name for name in TOKENIZER_FILES)
         return [path for path in paths if path.exists()]
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """The defaults of the model's makers, from generation_config.json; empty without one."""
+        path = self.folder / "generation_config.json"
+        stated = read_json(path) if path.is_file() else {}
+        return {key: stated[key] for key in SAMPLING if stated.get(key) is not None}
 
     def encode(self, text: str, add_special: bool = False) -> list[int]:
         """Ids of a text; special tokens written in it become their ids."""

@@ -26,7 +26,8 @@ class Footprint:
         download_bytes: the same, each file compressed with deflate: near what a store transfers.
         model_bytes: the model file or files.
         memory: for the target's CPU at its context.
-        isa: the CPU features that the weights of `memory` are predicted for.
+        isa: the CPU features that parts of `memory` are predicted for.
+        predicted: the parts.
     """
 
     device_bytes: int
@@ -34,6 +35,7 @@ class Footprint:
     model_bytes: int
     memory: Memory
     isa: tuple[str, ...]
+    predicted: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
         """The keys of report.json; `predicted` names what was not measured here, and for what."""
@@ -42,7 +44,10 @@ class Footprint:
             "download_bytes": self.download_bytes,
             "model_bytes": self.model_bytes,
             "memory": self.memory.to_json(),
-            "predicted": {"for": list(self.isa), "keys": ["memory.mapped", "memory.repacked"]},
+            "predicted": {
+                "for": list(self.isa),
+                "keys": [f"memory.{part}" for part in self.predicted],
+            },
         }
 
 
@@ -51,8 +56,9 @@ def footprint(
     model_files: Sequence[Path],
     memory: Memory,
     isa: Sequence[str],
+    predicted: Sequence[str],
 ) -> Footprint:
-    """Add up files and memory; `memory` is the runtime's, with its weights predicted for `isa`.
+    """Add up files and memory; `memory` is the runtime's, with parts predicted for `isa`.
 
     Raises:
         BadInput: a file cannot be read.
@@ -64,6 +70,7 @@ def footprint(
         model_bytes=sum(map(_size, model_files)),
         memory=memory,
         isa=tuple(isa),
+        predicted=tuple(predicted),
     )
 
 

@@ -10,17 +10,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from ..errors import ValidationFailed
 from ..quantize.windows import Windows
 from ..tokenizer.tokenizer import Tokenizer
-from . import conformance, divergence
+from . import conformance, divergence, logits
 from .conformance import Conformance
 from .divergence import Divergence
-from .runtime import Generation, Measurements, Runtime
+from .runtime import Generation, Ids, Measurements, Runtime
 from .runtimes import reference
 from .runtimes.reference import Oracle
 
 Progress = Callable[[str, int, int], None]
 GOLDEN_TOKENS = 96
+_SHORT = 64  # tokens: products in float32 are slow
+_SAME_MODEL = 1e-6  # nats at any token; float32 noise stays far below
 HELD_OUT = "held_out"
 
 
@@ -57,6 +62,7 @@ class Judgement:
     Attributes:
         accuracy: oracle against artifact, by text.
         quantization, runtime: the parts of the held-out divergence, oracle > codes > artifact.
+        graph: codes > artifact without what its runtime rounds for speed; None where it cannot.
         golden: greedy tokens of the artifact, by prompt.
         expected: greedy tokens of the oracle, by prompt.
     """
@@ -64,6 +70,7 @@ class Judgement:
     accuracy: dict[str, Divergence]
     quantization: Divergence
     runtime: Divergence
+    graph: Divergence | None
     conformance: Conformance
     measurements: Measurements
     golden: dict[str, Generation]
@@ -92,6 +99,7 @@ def judge(case: Case, runtime: Runtime, work: Path, progress: Progress) -> Judge
         accuracy={text: found.whole for text, found in errors.items()},
         quantization=errors[HELD_OUT].quantization,
         runtime=errors[HELD_OUT].runtime,
+        graph=errors[HELD_OUT].graph,
         conformance=conforms,
         measurements=runtime.measure(
             case.file,
@@ -108,11 +116,15 @@ def judge(case: Case, runtime: Runtime, work: Path, progress: Progress) -> Judge
 
 @dataclass(frozen=True, slots=True)
 class _Errors:
-    """Oracle against artifact, and its two parts: oracle against codes, codes against artifact."""
+    """Oracle against artifact, and its two parts: oracle against codes, codes against artifact.
+
+    `graph`: codes against what the artifact means, see Judgement.
+    """
 
     whole: Divergence
     quantization: Divergence
     runtime: Divergence
+    graph: Divergence | None
 
 
 def _errors(case: Case, text: str, runtime: Runtime, work: Path, progress: Progress) -> _Errors:
@@ -132,9 +144,35 @@ def _errors(case: Case, text: str, runtime: Runtime, work: Path, progress: Progr
         divergence.compare(oracle, artifact, windows),
         divergence.compare(oracle, codes, windows),
         divergence.compare(codes, artifact, windows),
+        _graph(case, windows, codes, runtime, work) if text == HELD_OUT else None,
     )
     for path in (oracle, codes, artifact):
         path.unlink()
+    return found
+
+
+def _graph(
+    case: Case, windows: Ids, codes: Path, runtime: Runtime, work: Path
+) -> Divergence | None:
+    """Whether the artifact means the very model that its codes are, on the start of one window.
+
+    Raises:
+        ValidationFailed: it means another one, however its runtime rounds.
+    """
+    start = windows[:1, :_SHORT]
+    meant, expected = work / "meant.npy", work / "expected.npy"
+    if not runtime.exact_logits(case.file, start, meant, adapter=case.adapter):
+        return None
+    np.save(expected, logits.read(codes)[:1, :_SHORT])
+    found = divergence.compare(expected, meant, start)
+    for path in (meant, expected):
+        path.unlink()
+    if found.kl_max > _SAME_MODEL:
+        raise ValidationFailed(
+            f"{case.file.name} computes another model than the one that was quantized",
+            f"its exact logits diverge by up to {found.kl_max:.3g} nats from those of its codes",
+            "report it with the model's config.json; --container gguf may hold this model",
+        )
     return found
 
 

@@ -126,6 +126,10 @@ class Vocabulary:
 class Runtime(Protocol):
     """Executes a container; every function opens the file in a child process."""
 
+    @property
+    def PREDICTED(self) -> tuple[str, ...]:
+        """The parts of Memory that `memory_on` predicts; the others are as measured here."""
+
     def version(self) -> str:
         """The runtime's name and version, as it stands in reports."""
 
@@ -140,6 +144,19 @@ class Runtime(Protocol):
         progress: Progress | None = None,
     ) -> None:
         """Write float32 logits (n, length, vocabulary) of windows (n, length) as a .npy file."""
+
+    def exact_logits(
+        self,
+        file: Path,
+        windows: Ids,
+        out: Path,
+        *,
+        adapter: Path | None = None,
+    ) -> bool:
+        """As `logits`, without what the runtime rounds for speed: what the file means.
+
+        False: this runtime cannot; nothing is written.
+        """
 
     def tokenize(self, file: Path, texts: Sequence[str]) -> list[list[int]]:
         """Ids as the runtime's own tokenizer sees each text; special tokens in it are parsed."""
@@ -172,4 +189,4 @@ class Runtime(Protocol):
         """Speed and memory at a context length, on this machine."""
 
     def memory_on(self, file: Path, isa: Collection[str], measured: Memory) -> Memory:
-        """The memory that was measured here, with weights as predicted for another CPU."""
+        """The memory that was measured here, with PREDICTED as they will be on another CPU."""

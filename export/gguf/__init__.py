@@ -16,7 +16,7 @@ from ...quantize.grid import Float32
 from ...quantize.plan import Plan
 from ...quantize.store import QuantizedCheckpoint
 from ...tokenizer.tokenizer import Tokenizer
-from ..container import ReadBack
+from ..container import Deployment, ReadBack, foreign_adapter
 from . import compare, layout, reader
 from .adapter import BASE, predict_adapter, refuse_adapter, write_adapter
 from .device import minimum_runtime, readme
@@ -27,10 +27,12 @@ from .writer import TensorInfo, Value, file_bytes, write_file
 
 __all__ = [
     "FILE",
+    "LIBRARIES",
     "NAME",
-    "adapter_base",
     "check",
     "check_adapter",
+    "context_length",
+    "kv_cache",
     "minimum_runtime",
     "predict",
     "predict_adapter",
@@ -38,6 +40,7 @@ __all__ = [
     "readme",
     "refuse",
     "refuse_adapter",
+    "refuse_foreign_adapter",
     "tensor_bytes",
     "write",
     "write_adapter",
@@ -45,6 +48,17 @@ __all__ = [
 
 NAME = "gguf"
 FILE = "model.gguf"
+LIBRARIES = ("gguf", "xllamacpp")
+
+
+def context_length(config: DecoderConfig) -> int:
+    """Up to a window that llama.cpp does not have, if every layer has one."""
+    return layout.as_llama_cpp(config).context_length
+
+
+def kv_cache(wanted: str) -> str:
+    """llama.cpp has every type that a target can want."""
+    return wanted
 
 
 def refuse(config: DecoderConfig, plan: Plan, tokenizer: Tokenizer) -> None:
@@ -53,8 +67,14 @@ def refuse(config: DecoderConfig, plan: Plan, tokenizer: Tokenizer) -> None:
     vocabulary_metadata(tokenizer, config.vocab_size)
 
 
-def predict(config: DecoderConfig, plan: Plan, tokenizer: Tokenizer, name: str) -> dict[str, int]:
-    """{file name: bytes}, to the byte; `name` is the model's."""
+def predict(
+    config: DecoderConfig,
+    plan: Plan,
+    tokenizer: Tokenizer,
+    name: str,
+    deployment: Deployment | None = None,
+) -> dict[str, int]:
+    """{file name: bytes}, to the byte; `name` is the model's; every deployment has one file."""
     return {FILE: file_bytes(*_header(config, plan, tokenizer, name))}
 
 
@@ -64,8 +84,13 @@ def tensor_bytes(config: DecoderConfig, plan: Plan) -> dict[str, int]:
     return {c.weight.name: i.nbytes for c, i in zip(plan.choices, infos, strict=False)}
 
 
-def write(model: QuantizedCheckpoint, tokenizer: Tokenizer, folder: Path) -> list[Path]:
-    """Write `model.gguf` tensor by tensor and fsync it.
+def write(
+    model: QuantizedCheckpoint,
+    tokenizer: Tokenizer,
+    folder: Path,
+    deployment: Deployment | None = None,
+) -> list[Path]:
+    """Write `model.gguf` tensor by tensor and fsync it; every deployment has the same file.
 
     Raises:
         Unsupported: as `refuse`, or a float weight beyond float16.
@@ -94,15 +119,17 @@ def check_adapter(
     compare.check_adapter(path, adapter, config, base, scale)
 
 
-def adapter_base(path: Path) -> str | None:
-    """The weights digest of the base that an adapter's file is bound to."""
-    base = reader.open_gguf(path).metadata.get(BASE)
-    return base if isinstance(base, str) else None
+def refuse_foreign_adapter(path: Path, base: str) -> None:
+    """Raise BadInput if an adapter's file is not for the base with this weights digest."""
+    found = reader.open_gguf(path).metadata.get(BASE)
+    if found != base:
+        raise foreign_adapter(path, f"it is for a base with the digest {found}, not {base}")
 
 
 def _header(
     config: DecoderConfig, plan: Plan, tokenizer: Tokenizer, name: str
 ) -> tuple[dict[str, Value], list[TensorInfo]]:
+    config = layout.as_llama_cpp(config)
     infos = layout.tensor_infos(config, plan)
     vocabulary = vocabulary_metadata(tokenizer, config.vocab_size)
     return model_metadata(config, name, plan, infos) | vocabulary, infos

@@ -15,14 +15,15 @@ import numpy.typing as npt
 
 from ...adapters.adapter import Adapter
 from ...architectures import DecoderConfig, Weight, weights
-from ...errors import BadInput, SlimportError, ValidationFailed
-from ...quantize.blocks import BlockTensor, Quantized
+from ...errors import ValidationFailed
+from ...quantize.blocks import BlockTensor
 from ...quantize.compiled import compiled
 from ...quantize.ggml import Type, dequantize_rows
 from ...quantize.grid import Float32, Int8
 from ...quantize.store import QuantizedCheckpoint
 from ...quantize.tensor import QuantizedTensor, weights_digest
 from ..container import ReadBack
+from ..readback import difference, differs, float_error
 from .reader import Stored, matched, open_gguf, source_rows, unpack
 
 _CHUNK = 1 << 19  # weights dequantized at a time: the block stays in the CPU's cache
@@ -50,12 +51,13 @@ def check(model: QuantizedCheckpoint, path: Path, threads: int = 2) -> ReadBack:
         if not isinstance(found, np.ndarray):
             digests[weight.name] = found.digest(weight.name)
             if digests[weight.name] != model.records[weight.name].digest:
-                raise _difference(weight.name, found, model.load(weight.name))
+                raise difference(weight.name, found, model.load(weight.name))
         else:
             expected: npt.NDArray[Any] = model.rows(weight.name)
             if weight.is_norm and model.decoder.family.norm_offset:
                 expected = expected.astype(np.float64) + model.decoder.family.norm_offset
-            errors[weight.name] = _float_error(weight.name, stored, found, expected)
+            dtype = "<f4" if stored.type == Type.F32 else "<f2"
+            errors[weight.name] = float_error(weight.name, dtype, found, expected)
 
     with ThreadPoolExecutor(threads) as pool:
         list(pool.map(one, matched(file, model.decoder)))
@@ -78,7 +80,7 @@ def _agree_with_ggml(
         else:
             ours = (found[rows[part]] if found.ndim == 2 else found[rows]).reshape(by_ggml.shape)
         if not np.array_equal(ours, by_ggml):
-            raise _differs(name, f"from row {start} of the file, value", ours, by_ggml)
+            raise differs(name, f"from row {start} of the file, value", ours, by_ggml)
 
 
 @compiled
@@ -96,39 +98,6 @@ def _agrees(codes: Int8, scale: Float32, rows: npt.NDArray[np.int64], values: Fl
             if different:
                 return False
     return True
-
-
-def _difference(name: str, found: Quantized, expected: Quantized | Float32) -> SlimportError:
-    """Where two weights of different digests differ."""
-    for what in ("blocks", "codes", "scale"):
-        ours, theirs = getattr(found, what, None), getattr(expected, what, None)
-        if ours is not None and theirs is not None and not np.array_equal(ours, theirs):
-            return _differs(name, what, ours, theirs)
-    return BadInput(
-        f"{name} is not what was quantized",
-        "the quantized checkpoint changed since its digest was recorded",
-        "quantize the model again",
-    )
-
-
-def _float_error(name: str, stored: Stored, found: Float32, expected: npt.NDArray[Any]) -> float:
-    """Largest absolute error; nothing but rounding to the stored type is allowed."""
-    rounded = expected.astype("<f4" if stored.type == Type.F32 else "<f2").astype(np.float32)
-    if not np.array_equal(found, rounded):
-        raise _differs(name, "weight", found, rounded)
-    return float(np.abs(found - expected).max(initial=0))
-
-
-def _differs(
-    name: str, what: str, found: npt.NDArray[Any], expected: npt.NDArray[Any]
-) -> ValidationFailed:
-    place = tuple(np.argwhere(found != expected)[0])
-    where = ", ".join(map(str, place))
-    return ValidationFailed(
-        f"{name}: the file does not hold what was quantized",
-        f"{what} [{where}] reads {found[place]}, not {expected[place]}",
-        "export again; if it stays, report it with the model's config.json",
-    )
 
 
 def check_adapter(

@@ -13,6 +13,7 @@ from string import Template
 from ...architectures import DecoderConfig
 from ...quantize.plan import Plan
 from ...tokenizer.tokenizer import Tokenizer
+from ..container import Minimum
 
 # (what a file may need, release that has it, the pull request that brought it)
 _ARCHITECTURES = {
@@ -48,7 +49,7 @@ _OTHER_TOKENIZER = (5092, "a pre-tokenizer added after 2024")
 
 def minimum_runtime(
     config: DecoderConfig, plan: Plan, tokenizer: Tokenizer, separate: bool
-) -> tuple[str, str]:
+) -> Minimum:
     """The oldest llama.cpp build that reads the file, such as "b3000", and why."""
     needs = [_ARCHITECTURES[config.family.gguf]]
     needs += [_GRIDS[c.grid.name] for c in plan.quantized if c.grid and c.grid.name in _GRIDS]
@@ -59,7 +60,7 @@ def minimum_runtime(
     if separate:
         needs.append(_ADAPTER)
     build, reason = max(needs)
-    return f"b{build}", reason
+    return Minimum("llama.cpp", f"b{build}", reason)
 
 
 def readme(fields: Mapping[str, str], adapters: list[str]) -> str:

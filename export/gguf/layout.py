@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 from ...architectures import DecoderConfig
 from ...errors import Unsupported
@@ -14,6 +15,18 @@ from .packing import TYPES
 from .writer import TensorInfo
 
 FLOAT_MATRIX, FLOAT_VECTOR = Type.F16, Type.F32  # llama.cpp wants norms and biases in F32
+
+
+def as_llama_cpp(config: DecoderConfig) -> DecoderConfig:
+    """A decoder as llama.cpp computes it: without a window that all layers have, up to its end.
+
+    (`llama` and `phi3` graphs have no window; of the others, none has one in every layer.)
+    """
+    if config.window is None or not config.family.all_windowed:
+        return config
+    context = min(config.context_length, config.window)
+    none = (False,) * config.layers
+    return replace(config, context_length=context, window=None, windowed=none)
 
 
 def tensor_infos(config: DecoderConfig, plan: Plan) -> list[TensorInfo]:

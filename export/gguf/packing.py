@@ -23,6 +23,7 @@ from ...quantize.ggml import BLOCKS, Type
 from ...quantize.grid import Float32, Int8
 from ...quantize.packing import join_pairs_of_bits
 from ...quantize.tensor import QuantizedTensor
+from ..floats import exact_half, half
 from .writer import TensorInfo
 
 UInt8 = npt.NDArray[np.uint8]
@@ -30,7 +31,6 @@ UInt16 = npt.NDArray[np.uint16]
 UInt64 = npt.NDArray[np.uint64]
 Index = npt.NDArray[np.int64]
 
-FP16_MAX = 65504
 TYPES = {
     "int4-g32": Type.Q4_0,
     "int4-g32-signed": Type.Q4_0,
@@ -54,7 +54,7 @@ def pack(tensor: QuantizedTensor) -> UInt8:
     blocks = columns // size
     if columns % size:
         raise _not_blocks(columns, kind)
-    half = np.broadcast_to(_exact_half(tensor.scale), (rows, blocks)).reshape(-1)
+    half = np.broadcast_to(exact_half(tensor.scale).view(np.uint16), (rows, blocks)).reshape(-1)
     codes = np.ascontiguousarray(tensor.codes).reshape(rows * blocks, size)
     if kind in (Type.Q2_0, Type.TQ2_0):
         return _pack_two_bits(codes, half, kind).reshape(rows, -1)
@@ -110,26 +110,7 @@ def float_bytes(info: TensorInfo, weight: Float32, order: Index | None = None) -
     ordered = weight if order is None else weight[order]
     if info.type is Type.F32:
         return np.ascontiguousarray(ordered, "<f4")
-    largest = float(np.abs(weight).max(initial=0))
-    if not largest <= FP16_MAX:
-        raise Unsupported(
-            f"{info.name}: its largest weight {largest:.6g} does not fit float16",
-            f"float16 ends at {FP16_MAX}, and nothing is clipped silently",
-            "give this weight a grid, or export a model whose weights are in range",
-        )
-    return np.ascontiguousarray(ordered, "<f2")
-
-
-def _exact_half(scale: Float32) -> UInt16:
-    with np.errstate(over="ignore"):
-        half = scale.astype("<f2")
-    if not np.array_equal(half.astype(np.float32), scale):
-        raise Unsupported(
-            "a scale is not exact in fp16",
-            "ggml's blocks hold fp16 scales, and rounding one would change its weights",
-            "quantize again: slimport rounds scales to 8 significant bits before choosing codes",
-        )
-    return half.view("<u2")
+    return half(info.name, ordered)
 
 
 def _not_blocks(columns: int, kind: Type) -> Unsupported:

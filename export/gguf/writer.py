@@ -7,10 +7,8 @@ before anything is quantized, and because GGUFWriter drops empty values.
 from __future__ import annotations
 
 import math
-import os
 import struct
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ import numpy.typing as npt
 from gguf import GGUFValueType as ValueType
 
 from ...quantize.ggml import BLOCKS, Type
+from ..file import Parts, write_aligned
 
 VERSION = 3
 ALIGNMENT = 32
@@ -73,36 +72,11 @@ def write_file(
     path: Path,
     metadata: Mapping[str, Value],
     tensors: Sequence[TensorInfo],
-    data: Iterable[Iterable[npt.NDArray[Any]]],
+    data: Iterable[Parts],
 ) -> None:
-    """Write and fsync a file; `data` gives, for each tensor in order, its bytes in parts.
-
-    What is written goes to the disk behind our back, so that little is left for the last fsync.
-    """
-    with path.open("wb") as file, ThreadPoolExecutor(1) as behind:
-        file.write(header(metadata, tensors))
-        flushing = behind.submit(os.fdatasync, file.fileno())
-        for info, parts in zip(tensors, data, strict=True):
-            written = sum(file.write(part.data) for part in parts)
-            if written != info.nbytes:
-                raise ValueError(f"{info.name}: {written} bytes instead of {info.nbytes}")
-            file.write(bytes(_padded(written) - written))
-            if flushing.done():
-                flushing.result()
-                flushing = behind.submit(os.fdatasync, file.fileno())
-        file.flush()
-        flushing.result()
-        os.fsync(file.fileno())
-    _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make the file's name durable too."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    """Write and fsync a file; `data` gives, for each tensor in order, its bytes in parts."""
+    named = ((i.name, i.nbytes, parts) for i, parts in zip(tensors, data, strict=True))
+    write_aligned(path, header(metadata, tensors), named, ALIGNMENT)
 
 
 def _padded(size: int) -> int:

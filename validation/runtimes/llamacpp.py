@@ -17,6 +17,7 @@ from ..runtime import Generation, Ids, Measurements, Memory, Speed, Vocabulary
 from ..worker import Progress
 from . import llamacpp_memory
 
+PREDICTED = ("mapped", "repacked")
 _WORKER = "slimport.validation.runtimes.llamacpp_worker"
 
 version = ggml.version
@@ -58,6 +59,11 @@ def logits(
         )
     arguments = {"windows": windows.tolist(), "out": str(out), "kv_cache": kv_cache}
     _call("logits", file, progress, **arguments, **_adapter(adapter, scale), **_threads(threads))
+
+
+def exact_logits(file: Path, windows: Ids, out: Path, *, adapter: Path | None = None) -> bool:
+    """llama.cpp's kernels round activations, and no setting changes it."""
+    return False
 
 
 def tokenize(file: Path, texts: Sequence[str]) -> list[list[int]]:

@@ -19,6 +19,7 @@ from ...quantize.grid import Float32
 from .. import worker
 from ..logits import writer
 from .llamacpp_api import library, log_lines, refused
+from .rss import gained, rss
 
 
 class _Model:
@@ -193,7 +194,7 @@ def _measure(
     scale: float,
 ) -> dict[str, Any]:
     library()
-    anon, mapped = _rss()
+    before = rss()
     model = _Model(file)
     model.open(context, min(context, 512), kv_cache, threads)
     if adapter is not None:
@@ -205,13 +206,7 @@ def _measure(
         _time(model, tokens[:length], min(generated, context - length))
         for length in worker.counted(fitting, len(fitting))
     ]
-    anon_now, mapped_now = _rss()
-    return {
-        "speed": speed,
-        "buffers": _buffers("".join(log_lines)),
-        "rss_anon": None if anon is None or anon_now is None else anon_now - anon,
-        "rss_file": None if mapped is None or mapped_now is None else mapped_now - mapped,
-    }
+    return {"speed": speed, "buffers": _buffers("".join(log_lines)), **gained(before)}
 
 
 def _time(model: _Model, prompt: list[int], generated: int) -> dict[str, float]:
@@ -239,15 +234,6 @@ def _buffers(log: str) -> dict[str, int]:
         key = " ".join(name.split())
         found[key] = found.get(key, 0) + round(float(size) * 2**20)
     return found
-
-
-def _rss() -> tuple[int | None, int | None]:
-    status = Path("/proc/self/status")
-    if not status.exists():
-        return None, None
-    text = status.read_text()
-    anon, mapped = (re.search(rf"{key}:\s+(\d+) kB", text) for key in ("RssAnon", "RssFile"))
-    return tuple(None if found is None else int(found[1]) * 1024 for found in (anon, mapped))  # type: ignore[return-value]
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from slimport.adapters.adapter import Adapter
 from slimport.adapters.lora import read_adapter
 from slimport.checkpoint import Checkpoint
-from slimport.errors import Unsupported, ValidationFailed
+from slimport.errors import BadInput, Unsupported, ValidationFailed
 from slimport.export import gguf
 from slimport.export.gguf import layout
 from slimport.export.gguf.reader import open_gguf
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # peft warns about tied table
 BASE = "sha256:" + "ab" * 32
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 EVERY = [*ATTENTION, "gate_proj", "up_proj", "down_proj"]
-VARIANTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+ADAPTERS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "every linear": ("llama", {}, {"target_modules": EVERY, "r": 8, "lora_alpha": 12}),
     "rslora": ("llama", {}, {"target_modules": ATTENTION, "r": 6, "use_rslora": True}),
     "patterns": (
@@ -67,12 +67,12 @@ def loaded(folder: Path, target: Path, config: Any) -> Adapter:
     return read_adapter(target, "tone", Checkpoint.open(folder), config)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("adapted", ADAPTERS)
 def test_llama_cpp_applies_what_peft_trained(
-    variant: str, make_model: Any, in_memory: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    adapted: str, make_model: Any, in_memory: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(layout, "FLOAT_MATRIX", Type.F32)
-    family, overrides, settings = VARIANTS[variant]
+    family, overrides, settings = ADAPTERS[adapted]
     folder = make_model(family, **overrides)
     oracle = trained(folder, tmp_path / "peft", settings)
     model = in_memory(folder, patterns={"*": "float16"})
@@ -167,7 +167,9 @@ def test_another_file_than_the_adapter_is_noticed(
     config = in_memory(tiny_llama).decoder
     adapter = loaded(tiny_llama, tmp_path, config)
     file = gguf.write_adapter(adapter, config, tmp_path, BASE, 0.5)
-    assert gguf.adapter_base(file) == BASE
+    gguf.refuse_foreign_adapter(file, BASE)
+    with pytest.raises(BadInput, match="not an adapter of this base"):
+        gguf.refuse_foreign_adapter(file, "sha256:" + "1" * 64)
     gguf.check_adapter(file, adapter, config, BASE, 0.5)
     for base, scale in (("sha256:" + "cd" * 32, 0.5), (BASE, 1.0)):
         with pytest.raises(ValidationFailed, match="tone"):

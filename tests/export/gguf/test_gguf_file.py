@@ -21,67 +21,8 @@ from slimport.tokenizer.tokenizer import Tokenizer
 from slimport.validation.runtimes import llamacpp
 
 FLOAT = {"*": "float16"}
-LLAMA3 = {
-    "rope_theta": 10000.0,
-    "rope_type": "llama3",
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 32,
-}
+Variant = tuple[str, dict[str, Any]]
 LINEAR = {"rope_theta": 10000.0, "rope_type": "linear", "factor": 4.0}
-YARN = {
-    "rope_theta": 10000.0,
-    "rope_type": "yarn",
-    "factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
-VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama": ("llama", {}),
-    "llama-biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
-    "llama-wide-heads": ("llama", {"head_dim": 32, "attention_bias": True}),
-    "llama-untied-mha": ("llama", {"tie_word_embeddings": False, "num_key_value_heads": 4}),
-    "llama-llama3": ("llama", {"rope_parameters": LLAMA3}),
-    "llama-linear": ("llama", {"rope_parameters": LINEAR}),
-    "qwen2": ("qwen2", {}),
-    "qwen2-linear-untied": ("qwen2", {"rope_parameters": LINEAR, "tie_word_embeddings": False}),
-    "qwen3": ("qwen3", {}),
-    "llama-yarn": ("llama", {"rope_parameters": YARN}),
-    "qwen2-yarn": ("qwen2", {"rope_parameters": YARN}),
-    "mistral": ("mistral", {}),
-    "gemma": ("gemma", {}),
-    "gemma2": ("gemma2", {"num_hidden_layers": 3}),
-    "gemma3": ("gemma3_text", {"num_hidden_layers": 7}),
-    "gemma3-every-third": (
-        "gemma3_text",
-        {
-            "num_hidden_layers": 4,
-            "layer_types": ["sliding_attention"] * 2 + ["full_attention", "sliding_attention"],
-            "rope_parameters": {
-                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
-                "sliding_attention": {"rope_type": "default", "rope_theta": 5e3},
-            },
-        },
-    ),
-    "smollm3": ("smollm3", {"num_hidden_layers": 5}),
-    "olmo2": ("olmo2", {}),
-    "granite": ("granite", {}),
-    "phi3": ("phi3", {}),
-    "phi3-long": (
-        "phi3",
-        {
-            "max_position_embeddings": 512,
-            "original_max_position_embeddings": 256,  # llama.cpp's shortest context
-            "rope_parameters": {
-                "rope_type": "longrope",
-                "rope_theta": 10000.0,
-                "partial_rotary_factor": 0.75,
-                "short_factor": [1.0, 1.1, 1.2, 1.5, 2.0, 3.0],
-                "long_factor": [1.0, 2.0, 4.0, 8.0, 16.0, 32.0],
-            },
-        },
-    ),
-}
 
 
 def export(model: Any, folder: Path, target: Path) -> Path:
@@ -120,13 +61,16 @@ def oracle(folder: Path, tokens: np.ndarray[Any, Any], weights: dict[str, Any]) 
         return model(torch.from_numpy(tokens).long()).logits.numpy()
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
 def test_llama_cpp_computes_the_logits_of_transformers(
-    variant: str, make_model: Any, in_memory: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    variant: Variant,
+    make_model: Any,
+    in_memory: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # Beside float16 weights ggml rounds activations to float16 too (8e-3 in these logits).
     monkeypatch.setattr(layout, "FLOAT_MATRIX", Type.F32)
-    family, overrides = VARIANTS[variant]
+    family, overrides = variant
     folder = make_model(family, **overrides)
     model = in_memory(folder, patterns=FLOAT)
     tokens = windows(model.decoder.vocab_size)
@@ -240,8 +184,10 @@ def test_a_name_that_llama_cpp_acts_on_is_left_out(
     assert "general.name" not in read.fields
 
 
-def test_llama3_factors_are_those_of_transformers(make_model: Any, in_memory: Any) -> None:
-    folder = make_model("llama", rope_parameters=LLAMA3)
+def test_llama3_factors_are_those_of_transformers(
+    make_model: Any, in_memory: Any, llama3: dict[str, Any]
+) -> None:
+    folder = make_model("llama", rope_parameters=llama3)
     config = in_memory(folder).decoder
     model = AutoModelForCausalLM.from_pretrained(folder)
     plain = 1 / 10000.0 ** (np.arange(0, 16, 2) / 16)

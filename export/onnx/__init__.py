@@ -1,0 +1,156 @@
+"""The ONNX container: a folder that onnxruntime-genai runs on phones, Windows and servers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy.typing as npt
+
+from ...architectures import DecoderConfig
+from ...errors import Unsupported
+from ...quantize.blocks import Quantized
+from ...quantize.grid import Float32
+from ...quantize.plan import Plan
+from ...quantize.store import QuantizedCheckpoint
+from ...tokenizer.tokenizer import Tokenizer
+from ..container import Deployment, Minimum, ReadBack
+from ..file import write_aligned, write_bytes
+from . import compare, device, genai, layout, packing, reader
+from .adapter import (
+    check_adapter,
+    predict_adapter,
+    refuse_adapter,
+    refuse_foreign_adapter,
+    write_adapter,
+)
+from .decoder import decoder_graph
+from .device import readme
+from .graph import DATA
+
+__all__ = [
+    "FILE",
+    "LIBRARIES",
+    "NAME",
+    "check",
+    "check_adapter",
+    "context_length",
+    "kv_cache",
+    "minimum_runtime",
+    "predict",
+    "predict_adapter",
+    "read_back",
+    "readme",
+    "refuse",
+    "refuse_adapter",
+    "refuse_foreign_adapter",
+    "tensor_bytes",
+    "write",
+    "write_adapter",
+]
+
+NAME = "onnx"
+FILE = reader.MODEL
+LIBRARIES = ("onnx", "onnx-ir", "onnxruntime", "onnxruntime-genai")
+_ANY_DIGEST = "sha256:" + "0" * 64
+_HEAD_STEP = 16  # GroupQueryAttention rotates pairs in steps of 8
+
+
+def context_length(config: DecoderConfig) -> int:
+    """Windows and ropes are those of the model: nothing shortens it."""
+    return config.context_length
+
+
+def kv_cache(wanted: str) -> str:
+    """The graph computes in float32, and its cache holds what it computes."""
+    return "f32"
+
+
+def refuse(config: DecoderConfig, plan: Plan, tokenizer: Tokenizer) -> None:
+    """Raise Unsupported if the graph, ONNX Runtime or genai cannot hold this exactly."""
+    layout.layout(config, plan, Deployment(1))
+    for rope in layout.ropes(config):
+        if rope.rotated(config.head_dim) % _HEAD_STEP:
+            raise Unsupported(
+                f"ONNX Runtime cannot rotate {rope.rotated(config.head_dim)} numbers of a head",
+                f"GroupQueryAttention takes multiples of {_HEAD_STEP}",
+                "write GGUF: --container gguf",
+            )
+
+
+def predict(
+    config: DecoderConfig, plan: Plan, tokenizer: Tokenizer, name: str, deployment: Deployment
+) -> dict[str, int]:
+    """{file name: bytes}, to the byte; `name` is the model's."""
+    placed = layout.layout(config, plan, deployment)
+    graph = _graph(config, placed, deployment, name, _ANY_DIGEST)
+    beside = genai.files(config, tokenizer, deployment)
+    sizes = {file: len(content) for file, content in beside.items()}
+    return {FILE: len(graph), DATA: placed.nbytes, **sizes}
+
+
+def tensor_bytes(config: DecoderConfig, plan: Plan) -> dict[str, int]:
+    """{source name: bytes of its codes, scales and zero points, or of its numbers}."""
+    found: dict[str, int] = {}
+    for tensor in layout.layout(config, plan, Deployment(1)).tensors:
+        rows = sum(choice.weight.shape[0] for choice in tensor.choices)
+        for choice in tensor.choices:
+            share = tensor.nbytes * choice.weight.shape[0] // rows
+            found[choice.weight.name] = found.get(choice.weight.name, 0) + share
+    return found
+
+
+def write(
+    model: QuantizedCheckpoint, tokenizer: Tokenizer, folder: Path, deployment: Deployment
+) -> list[Path]:
+    """Write model, data, genai's configuration and the tokenizer, and fsync them.
+
+    Raises:
+        Unsupported: as `refuse`, or a float weight beyond float16.
+    """
+    config = model.decoder
+    placed = layout.layout(config, model.plan, deployment)
+    graph = _graph(config, placed, deployment, model.name, model.weights_digest)
+    beside = genai.files(config, tokenizer, deployment)
+    for name, content in {FILE: graph, **beside}.items():
+        write_bytes(folder / name, content)
+    write_aligned(folder / DATA, b"", _data(model, placed), layout.ALIGNMENT)
+    return [folder / name for name in (FILE, DATA, *beside)]
+
+
+def read_back(
+    folder: Path, config: DecoderConfig, grids: Mapping[str, str]
+) -> Iterator[tuple[str, Quantized | Float32]]:
+    """Every weight of the finished files, by a reader that shares no code with the packer."""
+    return reader.read_back(folder, config, grids)
+
+
+def check(model: QuantizedCheckpoint, folder: Path) -> ReadBack:
+    """Compare every code, scale and value with `model`, and some with ONNX Runtime's kernels."""
+    return compare.check(model, folder)
+
+
+def minimum_runtime(
+    config: DecoderConfig, plan: Plan, tokenizer: Tokenizer, separate: bool
+) -> Minimum:
+    """The releases of ONNX Runtime and genai that were tried."""
+    return device.minimum_runtime()
+
+
+def _graph(
+    config: DecoderConfig, placed: layout.Layout, deployment: Deployment, name: str, digest: str
+) -> bytes:
+    graph = decoder_graph(config, placed, deployment, digest)
+    return graph.serialize(name, {"slimport.weights_digest": digest})
+
+
+def _data(
+    model: QuantizedCheckpoint, placed: layout.Layout
+) -> Iterator[tuple[str, int, Iterable[npt.NDArray[Any]]]]:
+    """Name, bytes and content of every tensor."""
+    for tensor in placed.tensors:
+        if tensor.choices:
+            yield tensor.name, tensor.nbytes, packing.parts(tensor, model)
+        else:
+            yield tensor.name, tensor.nbytes, packing.rope_parts(tensor, model.decoder)

@@ -1,0 +1,155 @@
+"""A LoRA adapter as an `.onnx_adapter` file, given to the base when it runs.
+
+Each factor is an input of the graph whose name ends in the base's digest, so ONNX Runtime itself
+refuses an adapter that was made for another base.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+
+from ...adapters.adapter import Adapter
+from ...architectures import DecoderConfig, Weight, weights
+from ...errors import BadInput, Unsupported, ValidationFailed
+from ...quantize.grid import Float32
+from ..container import foreign_adapter
+from ..file import sync_folder
+
+SUFFIX = ".onnx_adapter"
+_ADAPTER_VERSION, _MODEL_VERSION = 1, 1
+_ANY_DIGEST = "sha256:" + "0" * 64
+
+
+def adapter_inputs(matrix: str, base: str) -> tuple[str, str]:
+    """The graph's inputs for the factors a and b of an update of `matrix` (without `.weight`)."""
+    mark = base.removeprefix("sha256:")[:16]
+    return f"{matrix}.lora_a.{mark}", f"{matrix}.lora_b.{mark}"
+
+
+def refuse_adapter(adapter: Adapter) -> None:
+    """Raise Unsupported if the adapter is more than an addition to matrices of decoder layers."""
+    why = adapter.why_not_separate
+    tables = [name for name, delta in adapter.deltas.items() if ".layers." not in name]
+    if why is None and tables:
+        why = f"it changes {tables[0]}, and only the matrices of decoder layers take an update"
+    if why:
+        raise Unsupported(
+            f"the adapter {adapter.name} cannot stay separate in ONNX",
+            why,
+            "merge it: --adapter-mode merged",
+        )
+
+
+def predict_adapter(adapter: Adapter, config: DecoderConfig) -> dict[str, int]:
+    """{file name: bytes} of what `write_adapter` writes, to the byte: it is written with zeros."""
+    zeros = {
+        name: np.zeros_like(factor)
+        for name, factor in _factors(adapter, config, _ANY_DIGEST, scale=1.0)
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "sizes"
+        _export(zeros, path)
+        return {f"{adapter.name}{SUFFIX}": path.stat().st_size}
+
+
+def write_adapter(
+    adapter: Adapter, config: DecoderConfig, folder: Path, base: str, scale: float = 1.0
+) -> Path:
+    """Write and fsync `NAME.onnx_adapter`: a (columns, rank) and b (rank, rows), float32.
+
+    All scales are in b, the user's `scale` among them.
+
+    Raises:
+        Unsupported: the adapter is more than an addition to matrices of decoder layers.
+    """
+    refuse_adapter(adapter)
+    path = folder / f"{adapter.name}{SUFFIX}"
+    _export(dict(_factors(adapter, config, base, scale)), path)
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+    sync_folder(folder)
+    return path
+
+
+def check_adapter(
+    path: Path, adapter: Adapter, config: DecoderConfig, base: str, scale: float = 1.0
+) -> None:
+    """Read an adapter's file back and compare every factor.
+
+    Raises:
+        BadInput: the file is malformed.
+        ValidationFailed: a factor differs, or an update is missing or left over.
+    """
+    stored = read_adapter(path)
+    wanted = dict(_factors(adapter, config, base, scale))
+    if stored.keys() != wanted.keys():
+        name = min(stored.keys() ^ wanted.keys())
+        raise _not_the_adapter(path, f"{name} is missing or left over")
+    for name, factor in wanted.items():
+        if not np.array_equal(stored[name], factor):
+            raise _not_the_adapter(path, f"{name} has other numbers")
+
+
+def read_adapter(path: Path) -> dict[str, Float32]:
+    """{input of the graph: factor}
+
+    Raises:
+        BadInput: the file is malformed.
+    """
+    try:
+        read = ort.AdapterFormat.read_adapter(str(path))
+        return {name: value.numpy() for name, value in read.get_parameters().items()}
+    except Exception as error:  # onnxruntime raises its own kinds, none of them public
+        raise BadInput(
+            f"{path.name} is not the adapter that it should be",
+            f"ONNX Runtime says: {str(error).strip().splitlines()[0]}",
+            "export it again",
+        ) from error
+
+
+def refuse_foreign_adapter(path: Path, base: str) -> None:
+    """Raise BadInput if an adapter's file is not for the base with this weights digest."""
+    mark = adapter_inputs("", base)[0].rpartition(".")[2]
+    for name in read_adapter(path):
+        if name.rpartition(".")[2] != mark:
+            raise foreign_adapter(path, f"its input {name} is not one of the base {base}")
+
+
+def _factors(
+    adapter: Adapter, config: DecoderConfig, base: str, scale: float
+) -> Iterator[tuple[str, Float32]]:
+    """The graph's inputs and what they get, in the order of the forward pass."""
+    for weight in weights(config):
+        delta = adapter.deltas.get(weight.name)
+        if delta is None:
+            continue
+        first, second = adapter_inputs(_matrix(weight), base)
+        yield first, np.ascontiguousarray(delta.a.T, np.float32)
+        yield second, np.ascontiguousarray((delta.b * np.float32(scale * delta.scale)).T)
+
+
+def _matrix(weight: Weight) -> str:
+    return weight.name.removesuffix(".weight")
+
+
+def _export(factors: dict[str, Float32], path: Path) -> None:
+    file = ort.AdapterFormat()
+    file.set_adapter_version(_ADAPTER_VERSION)
+    file.set_model_version(_MODEL_VERSION)
+    values = {name: ort.OrtValue.ortvalue_from_numpy(factor) for name, factor in factors.items()}
+    file.set_parameters(values)
+    file.export_adapter(str(path))
+
+
+def _not_the_adapter(path: Path, why: str) -> ValidationFailed:
+    return ValidationFailed(
+        f"{path.name} does not hold the adapter that was given",
+        why,
+        "export again; if it stays, report it with the adapter_config.json",
+    )

@@ -1,0 +1,169 @@
+"""The building blocks of a decoder as ONNX operators, each a function from values to a value.
+
+Operators of the domain `com.microsoft` are those of onnxruntime's ContribOperators.md.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import onnx_ir as ir
+
+from .graph import CONTRIB, Graph
+from .layout import Layout, Matrix, block_of, has_zero_points
+
+# 4: onnxruntime multiplies int8 activations, as fast as a phone can; 1: float32, exact.
+SHIPPED_LEVEL = 4
+
+
+def linear(graph: Graph, x: ir.Value, matrix: Matrix, layout: Layout) -> ir.Value:
+    """x @ weight.T + bias, float32 (..., rows)."""
+    rows, columns = matrix.shape
+    if matrix.grid is None:
+        weight = _widened(graph, f"{matrix.name}.weight", layout)
+        (y,) = graph.op(
+            "FusedMatMul", x, weight, name=matrix.name, domain=CONTRIB, transA=0, transB=1
+        )
+    else:
+        (y,) = graph.op(
+            "MatMulNBits",
+            x,
+            *_quantized(graph, matrix, layout),
+            name=matrix.name,
+            domain=CONTRIB,
+            K=columns,
+            N=rows,
+            bits=matrix.grid.bits,
+            block_size=block_of(matrix.grid, columns),
+            accuracy_level=SHIPPED_LEVEL,
+        )
+    if matrix.bias:
+        bias = graph.stored(layout.by_name[f"{matrix.name}.bias"])
+        (y,) = graph.op("Add", y, bias, name=f"{matrix.name}.bias")
+    return y
+
+
+def low_rank(
+    graph: Graph, x: ir.Value, y: ir.Value, matrix: Matrix, names: tuple[str, str]
+) -> ir.Value:
+    """y + x @ a @ b, with factors a (columns, rank) and b (rank, rows) that a run may give."""
+    rows, columns = matrix.shape
+    rank = f"{matrix.name}.rank"
+    a = graph.optional(names[0], np.zeros((columns, 0), np.float32), [columns, rank])
+    b = graph.optional(names[1], np.zeros((0, rows), np.float32), [rank, rows])
+    (inner,) = graph.op("MatMul", x, a, name=names[0])
+    (update,) = graph.op("MatMul", inner, b, name=names[1])
+    return add(graph, y, update, f"{matrix.name}.adapted")
+
+
+def lookup(graph: Graph, ids: ir.Value, matrix: Matrix, layout: Layout) -> ir.Value:
+    """Rows of a table, float32 (..., columns); the same stored tensors that `linear` takes."""
+    rows, columns = matrix.shape
+    if matrix.grid is None:
+        table = graph.stored(layout.by_name[f"{matrix.name}.weight"])
+        (found,) = graph.op("Gather", table, ids, name=f"{matrix.name}.rows", axis=0)
+        return _to_float32(graph, found, f"{matrix.name}.rows.float32")
+    block = block_of(matrix.grid, columns)
+    _, scale, *zero_point = _quantized(graph, matrix, layout)
+    # The bytes of `linear`'s codes under another shape: onnxruntime would copy a reshaped tensor.
+    codes = layout.by_name[f"{matrix.name}.codes"]
+    flat = replace(codes, name=f"{codes.name}.rows", shape=(rows, codes.nbytes // rows))
+    (found,) = graph.op(
+        "GatherBlockQuantized",
+        *(graph.stored(flat), ids, scale, *zero_point),
+        name=f"{matrix.name}.rows",
+        domain=CONTRIB,
+        bits=matrix.grid.bits,
+        block_size=block,
+        gather_axis=0,
+        quantize_axis=1,
+    )
+    if columns % block:  # the last block of a row is filled up
+        zero, end, last = graph.integers(0), graph.integers(columns), graph.integers(-1)
+        (found,) = graph.op("Slice", found, zero, end, last, name=f"{matrix.name}.rows.cut")
+    return found
+
+
+def rms_norm(graph: Graph, x: ir.Value, weight: ir.Value, epsilon: float, name: str) -> ir.Value:
+    """x / sqrt(mean(x^2) + epsilon) * weight, over the last dimension."""
+    (y,) = graph.op(
+        "SimplifiedLayerNormalization", x, weight, name=name, axis=-1, epsilon=epsilon, stash_type=1
+    )
+    return y
+
+
+def add_and_norm(
+    graph: Graph, x: ir.Value, added: ir.Value, weight: ir.Value, epsilon: float, name: str
+) -> tuple[ir.Value, ir.Value]:
+    """(x + added, its rms_norm) in one operator."""
+    normed, _, _, total = graph.op(
+        "SkipSimplifiedLayerNormalization",
+        *(x, added, weight),
+        name=name,
+        domain=CONTRIB,
+        outputs=4,
+        epsilon=epsilon,
+    )
+    return total, normed
+
+
+def add(graph: Graph, x: ir.Value, y: ir.Value, name: str) -> ir.Value:
+    return graph.op("Add", x, y, name=name)[0]
+
+
+def scaled(graph: Graph, x: ir.Value, factor: float, name: str) -> ir.Value:
+    """x * factor; nothing is computed for 1."""
+    return x if factor == 1 else graph.op("Mul", x, graph.real(factor), name=name)[0]
+
+
+def capped(graph: Graph, x: ir.Value, cap: float | None, name: str) -> ir.Value:
+    """cap * tanh(x / cap)."""
+    if cap is None:
+        return x
+    (y,) = graph.op("Div", x, graph.real(cap), name=f"{name}.div")
+    (y,) = graph.op("Tanh", y, name=f"{name}.tanh")
+    return graph.op("Mul", y, graph.real(cap), name=name)[0]
+
+
+def silu(graph: Graph, x: ir.Value, name: str) -> ir.Value:
+    (gate,) = graph.op("Sigmoid", x, name=f"{name}.sigmoid")
+    return graph.op("Mul", x, gate, name=name)[0]
+
+
+def gelu_tanh(graph: Graph, x: ir.Value, name: str) -> ir.Value:
+    return graph.op("Gelu", x, name=name, approximate="tanh")[0]
+
+
+def reshaped(graph: Graph, x: ir.Value, sizes: tuple[int, ...], name: str) -> ir.Value:
+    """(batch, length, width) or (batch, length, heads, size) as (batch, length, *sizes)."""
+    return graph.op("Reshape", x, graph.integers(0, 0, *sizes), name=name)[0]
+
+
+def halves(graph: Graph, x: ir.Value, name: str) -> tuple[ir.Value, ...]:
+    """Both halves of the last dimension."""
+    return graph.op("Split", x, name=name, outputs=2, axis=-1, num_outputs=2)
+
+
+def _quantized(graph: Graph, matrix: Matrix, layout: Layout) -> list[ir.Value]:
+    """Codes, scales as float32, and zero points where they are stored."""
+    assert matrix.grid is not None
+    values = [
+        graph.stored(layout.by_name[f"{matrix.name}.codes"]),
+        _widened(graph, f"{matrix.name}.scale", layout),
+    ]
+    if has_zero_points(matrix.grid):
+        values.append(graph.stored(layout.by_name[f"{matrix.name}.zero_point"]))
+    return values
+
+
+def _widened(graph: Graph, name: str, layout: Layout) -> ir.Value:
+    """A stored float16 tensor as float32: onnxruntime folds the cast when it loads the model."""
+    return graph.once(
+        f"{name}.float32",
+        lambda: _to_float32(graph, graph.stored(layout.by_name[name]), f"{name}.float32"),
+    )
+
+
+def _to_float32(graph: Graph, x: ir.Value, name: str) -> ir.Value:
+    return graph.op("Cast", x, name=name, to=int(ir.DataType.FLOAT))[0]

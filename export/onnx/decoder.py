@@ -1,0 +1,231 @@
+"""The graph of a whole decoder, for every family of architectures/: ids in, logits out.
+
+Inputs and outputs have the names that onnxruntime-genai expects. Where adapters may change a matrix
+the graph takes their factors (adapter.py); they are empty in a run without an adapter.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from ...architectures import DecoderConfig, Kind
+from ..container import Deployment
+from . import blocks
+from .adapter import adapter_inputs
+from .graph import CONTRIB, Graph, Shape
+from .layout import Layout, ropes
+
+INT64, INT32, FLOAT = ir.DataType.INT64, ir.DataType.INT32, ir.DataType.FLOAT
+PAST, PRESENT = "past_key_values.{}.{}", "present.{}.{}"
+_BATCH, _LENGTH, _PAST, _TOTAL = (
+    "batch_size",
+    "sequence_length",
+    "past_sequence_length",
+    "total_sequence_length",
+)
+
+Cache = tuple[ir.Value, ir.Value]
+
+
+def decoder_graph(
+    config: DecoderConfig, layout: Layout, deployment: Deployment, digest: str
+) -> Graph:
+    """The decoder that `config` describes, over the tensors of `layout`; `digest`: its weights'."""
+    graph = Graph()
+    ids = graph.input("input_ids", INT64, [_BATCH, _LENGTH])
+    mask = graph.input("attention_mask", INT64, [_BATCH, _TOTAL])
+    caches = [_cache_inputs(graph, config, layer) for layer in range(config.layers)]
+    adapted = _Adapted(deployment.adapted, digest)
+    build = _Decoder(graph, config, layout, adapted, _read_mask(graph, mask))
+
+    table = layout.matrices[None, Kind.EMBEDDING]
+    hidden = blocks.lookup(graph, ids, table, layout)
+    hidden = blocks.scaled(graph, hidden, config.embedding_multiplier, "model.embed_tokens.scaled")
+    stream = _Stream(hidden)
+    for layer, cache in enumerate(caches):
+        stream = build.layer(stream, layer, cache)
+    _, normed = build.read(stream, "model.norm")
+    head = layout.matrices.get((None, Kind.HEAD), table)
+    logits = blocks.linear(graph, normed, head, layout)
+    logits = blocks.scaled(graph, logits, 1 / config.logits_divisor, "logits.scaled")
+    logits = blocks.capped(graph, logits, config.logits_softcap, "logits.capped")
+    graph.output(logits, "logits", FLOAT, [_BATCH, _LENGTH, config.vocab_size])
+    for name, value in build.present:
+        graph.output(value, name, FLOAT, _cache_shape(config, _TOTAL))
+    return graph
+
+
+def _cache_shape(config: DecoderConfig, length: str) -> Shape:
+    return [_BATCH, config.kv_heads, length, config.head_dim]
+
+
+def _cache_inputs(graph: Graph, config: DecoderConfig, layer: int) -> Cache:
+    shape = _cache_shape(config, _PAST)
+    key, value = (graph.input(PAST.format(layer, part), FLOAT, shape) for part in ("key", "value"))
+    return key, value
+
+
+@dataclass(frozen=True, slots=True)
+class _Positions:
+    """Where the tokens of a run stand: int32 (batch,) of the last one, int32 () of all so far."""
+
+    last: ir.Value
+    total: ir.Value
+
+
+def _read_mask(graph: Graph, mask: ir.Value) -> _Positions:
+    (count,) = graph.op("ReduceSum", mask, graph.integers(1), name="positions.count", keepdims=0)
+    (last,) = graph.op("Sub", count, graph.integers(1), name="positions.last")
+    (last,) = graph.op("Cast", last, name="positions.last.int32", to=int(INT32))
+    (total,) = graph.op("Shape", mask, name="positions.shape", start=1, end=2)
+    (total,) = graph.op("Squeeze", total, name="positions.total")
+    (total,) = graph.op("Cast", total, name="positions.total.int32", to=int(INT32))
+    return _Positions(last, total)
+
+
+@dataclass(frozen=True, slots=True)
+class _Adapted:
+    """The kinds of matrices that adapters may change, and the digest of what they are made for."""
+
+    kinds: frozenset[Kind]
+    digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Stream:
+    """The residual stream, and what is added to it when it is read next."""
+
+    hidden: ir.Value
+    added: ir.Value | None = None
+
+
+class _Decoder:
+    """The layers of a decoder, added to `graph` one after the other.
+
+    `present` gathers the outputs of the cache.
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        config: DecoderConfig,
+        layout: Layout,
+        adapted: _Adapted,
+        positions: _Positions,
+    ) -> None:
+        self.graph, self.config, self.layout = graph, config, layout
+        self.adapted, self.positions = adapted, positions
+        self.present: list[tuple[str, ir.Value]] = []
+        self.ropes = ropes(config)
+        self.norms = dict(config.family.norms)
+
+    def layer(self, stream: _Stream, layer: int, cache: Cache) -> _Stream:
+        root = f"model.layers.{layer}"
+
+        def read(stream: _Stream, kind: Kind) -> tuple[_Stream, ir.Value]:
+            return self.read(stream, f"{root}.{self.norms[kind]}" if kind in self.norms else None)
+
+        def write(stream: _Stream, added: ir.Value, kind: Kind) -> _Stream:
+            if kind in self.norms:
+                added = self.norm(added, f"{root}.{self.norms[kind]}")
+            name, factor = f"{root}.{kind.value}.scaled", self.config.residual_multiplier
+            return _Stream(stream.hidden, blocks.scaled(self.graph, added, factor, name))
+
+        stream, inputs = read(stream, Kind.ATTENTION_NORM)
+        stream = write(stream, self.attention(inputs, layer, cache), Kind.ATTENTION_POST_NORM)
+        stream, inputs = read(stream, Kind.FFN_NORM)
+        return write(stream, self.feed_forward(inputs, layer), Kind.FFN_POST_NORM)
+
+    def read(self, stream: _Stream, norm: str | None) -> tuple[_Stream, ir.Value]:
+        """The stream with nothing left to add, and its values after `norm` (None: as they are)."""
+        hidden, added = stream.hidden, stream.added
+        if norm is None:
+            if added is not None:
+                hidden = blocks.add(self.graph, hidden, added, f"{added.name}.added")
+            return _Stream(hidden), hidden
+        if added is None:
+            return stream, self.norm(hidden, norm)
+        weight, epsilon = self.norm_weight(norm), self.config.rms_norm_eps
+        hidden, normed = blocks.add_and_norm(self.graph, hidden, added, weight, epsilon, norm)
+        return _Stream(hidden), normed
+
+    def norm(self, x: ir.Value, name: str) -> ir.Value:
+        return blocks.rms_norm(
+            self.graph, x, self.norm_weight(name), self.config.rms_norm_eps, name
+        )
+
+    def norm_weight(self, name: str) -> ir.Value:
+        weight = self.graph.stored(self.layout.by_name[f"{name}.weight"])
+        offset = self.config.family.norm_offset
+        if not offset:
+            return weight
+        return blocks.add(self.graph, weight, self.graph.real(offset), f"{name}.weight.raised")
+
+    def linear(self, x: ir.Value, kind: Kind, layer: int) -> ir.Value:
+        """A matrix of the layer, and the update of an adapter where adapters may change it."""
+        matrix = self.layout.matrices[layer, kind]
+        y = blocks.linear(self.graph, x, matrix, self.layout)
+        if kind in self.adapted.kinds:
+            names = adapter_inputs(matrix.name, self.adapted.digest)
+            y = blocks.low_rank(self.graph, x, y, matrix, names)
+        return y
+
+    def attention(self, x: ir.Value, layer: int, cache: Cache) -> ir.Value:
+        config, looks = self.config, self.config.attention(layer)
+        name = f"model.layers.{layer}.self_attn"
+        key: ir.Value | None
+        value: ir.Value | None
+        if (layer, Kind.QKV) in self.layout.matrices:
+            query, key, value = self.linear(x, Kind.QKV, layer), None, None
+        else:
+            query, key, value = (self.linear(x, k, layer) for k in (Kind.Q, Kind.K, Kind.V))
+            if config.family.qk_norm is not None:
+                query = self.head_norm(query, f"{name}.q_norm", config.heads)
+                key = self.head_norm(key, f"{name}.k_norm", config.kv_heads)
+        tables: list[ir.Value | None] = [None, None]
+        if looks.rope is not None:
+            index = self.ropes.index(looks.rope)
+            tables = [
+                self.graph.stored(self.layout.by_name[f"rope.{index}.{half}"])
+                for half in ("cos", "sin")
+            ]
+        mixed, *present = self.graph.op(
+            "GroupQueryAttention",
+            *(query, key, value, *cache, self.positions.last, self.positions.total, *tables),
+            name=name,
+            domain=CONTRIB,
+            outputs=3,
+            num_heads=config.heads,
+            kv_num_heads=config.kv_heads,
+            scale=config.attention_scale,
+            softcap=config.attention_softcap or 0.0,
+            local_window_size=-1 if looks.window is None else looks.window,
+            do_rotary=int(looks.rope is not None),
+            rotary_interleaved=0,
+        )
+        for part, value in zip(("key", "value"), present, strict=True):
+            self.present.append((PRESENT.format(layer, part), value))
+        return self.linear(mixed, Kind.ATTENTION_OUTPUT, layer)
+
+    def head_norm(self, x: ir.Value, name: str, heads: int) -> ir.Value:
+        """RMSNorm of each head, or of the whole row."""
+        if self.config.family.qk_norm == "row":
+            return self.norm(x, name)
+        size = self.config.head_dim
+        x = blocks.reshaped(self.graph, x, (heads, size), f"{name}.heads")
+        return blocks.reshaped(self.graph, self.norm(x, name), (heads * size,), f"{name}.row")
+
+    def feed_forward(self, x: ir.Value, layer: int) -> ir.Value:
+        name = f"model.layers.{layer}.mlp"
+        if self.config.family.fused:
+            gate, up = blocks.halves(
+                self.graph, self.linear(x, Kind.GATE_UP, layer), f"{name}.split"
+            )
+        else:
+            gate, up = (self.linear(x, kind, layer) for kind in (Kind.GATE, Kind.UP))
+        activation = {"silu": blocks.silu, "gelu_tanh": blocks.gelu_tanh}
+        gate = activation[self.config.family.activation](self.graph, gate, f"{name}.act")
+        (inner,) = self.graph.op("Mul", gate, up, name=f"{name}.inner")
+        return self.linear(inner, Kind.DOWN, layer)

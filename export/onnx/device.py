@@ -1,0 +1,36 @@
+"""What a phone needs to run the files: the runtime that was tried, and code that loads it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from string import Template
+
+from ..container import Minimum
+
+# onnxruntime and onnxruntime-genai that ran these operators; no older releases were tried.
+_ONNXRUNTIME, _GENAI = "1.31", "0.18"
+
+
+def minimum_runtime() -> Minimum:
+    """The releases that were run, because no older one was."""
+    reason = "the releases that judge the files here; no older ones were tried"
+    return Minimum("onnxruntime-genai", f"{_GENAI} with onnxruntime {_ONNXRUNTIME}", reason)
+
+
+def readme(fields: Mapping[str, str], adapters: list[str]) -> str:
+    """The bundle's README.md; `fields` fill README.bundle.md, `adapters` are file names."""
+    template = Template((Path(__file__).parent / "README.bundle.md").read_text(encoding="utf-8"))
+    rows = "".join(f"| `{name}` | a LoRA adapter, applied at run time |\n" for name in adapters)
+    return template.substitute(fields, adapter_row=rows, adapter_code=_adapter_code(adapters))
+
+
+def _adapter_code(adapters: list[str]) -> str:
+    if not adapters:
+        return ""
+    name = Path(adapters[0]).stem
+    return (
+        "    val adapters = Adapters(model)\n"
+        f'    adapters.loadAdapter(File(folder, "{adapters[0]}").path, "{name}")\n'
+        f'    generator.setActiveAdapter(adapters, "{name}")     // one at a time, never two\n'
+    )

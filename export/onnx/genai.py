@@ -1,0 +1,91 @@
+"""What onnxruntime-genai reads beside the model: genai_config.json and the tokenizer's files."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from ...architectures import DecoderConfig
+from ...tokenizer.tokenizer import Tokenizer
+from ..container import Deployment
+from .decoder import PAST, PRESENT
+from .reader import MODEL
+
+CONFIG = "genai_config.json"
+# Prompt tokens of one run: logits of all of them are in memory, so this bounds what a prompt costs.
+_CHUNK = 128
+_SAMPLING = ("temperature", "top_k", "top_p", "repetition_penalty")
+
+
+def files(config: DecoderConfig, tokenizer: Tokenizer, deployment: Deployment) -> dict[str, bytes]:
+    """{file name: content}"""
+    return {
+        CONFIG: _json(genai_config(config, tokenizer, deployment)),
+        **tokenizer_files(tokenizer),
+    }
+
+
+def genai_config(
+    config: DecoderConfig, tokenizer: Tokenizer, deployment: Deployment
+) -> dict[str, Any]:
+    """The model as onnxruntime-genai runs it; keys are those of its config.h."""
+    return {
+        "model": {
+            "type": "decoder",
+            "context_length": deployment.context,
+            "vocab_size": config.vocab_size,
+            "bos_token_id": tokenizer.bos_id if tokenizer.bos_id is not None else _end(tokenizer),
+            "eos_token_id": list(tokenizer.eos_ids),
+            "pad_token_id": tokenizer.pad_id if tokenizer.pad_id is not None else _end(tokenizer),
+            "decoder": {
+                "filename": MODEL,
+                "session_options": {"log_id": "slimport", "provider_options": []},
+                "hidden_size": config.hidden_size,
+                "num_hidden_layers": config.layers,
+                "num_attention_heads": config.heads,
+                "num_key_value_heads": config.kv_heads,
+                "head_size": config.head_dim,
+                "inputs": {
+                    "input_ids": "input_ids",
+                    "attention_mask": "attention_mask",
+                    "past_key_names": PAST.format("%d", "key"),
+                    "past_value_names": PAST.format("%d", "value"),
+                },
+                "outputs": {
+                    "logits": "logits",
+                    "present_key_names": PRESENT.format("%d", "key"),
+                    "present_value_names": PRESENT.format("%d", "value"),
+                },
+            },
+        },
+        "search": _search(tokenizer, deployment),
+    }
+
+
+def _search(tokenizer: Tokenizer, deployment: Deployment) -> dict[str, Any]:
+    """Sampling as the makers of the model set it; greedy without."""
+    stated = tokenizer.sampling
+    return {
+        "max_length": deployment.context,
+        "chunk_size": _CHUNK,
+        "past_present_share_buffer": True,
+        "do_sample": bool(stated.get("do_sample", False)),
+        **{key: stated[key] for key in _SAMPLING if key in stated},
+    }
+
+
+def tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
+    """{file name: content} of the tokenizer."""
+    return {
+        "tokenizer.json": (tokenizer.folder / "tokenizer.json").read_bytes(),
+        "tokenizer_config.json": (tokenizer.folder / "tokenizer_config.json").read_bytes(),
+    }
+
+
+def _end(tokenizer: Tokenizer) -> int:
+    """What stands in for an id that the model does not have and genai wants."""
+    return tokenizer.eos_ids[0]
+
+
+def _json(value: Any) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()

@@ -1,0 +1,141 @@
+"""A small vocabulary for ONNX graphs: inputs, stored tensors, constants, operators, outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from .layout import Stored
+
+CONTRIB = "com.microsoft"  # onnxruntime's own operators, ContribOperators.md
+OPSET, CONTRIB_OPSET, IR_VERSION = 21, 1, 10
+DATA = "model.onnx.data"
+
+Shape = Sequence[int | str]
+Tensor = ir.TensorProtocol
+_TYPES = {
+    "|u1": ir.DataType.UINT8,
+    "<f2": ir.DataType.FLOAT16,
+    "<f4": ir.DataType.FLOAT,
+}
+
+
+class Graph:
+    """A graph that grows in the order in which it runs.
+
+    Values are onnx_ir's; an operator is named after what it computes, so that a profile of the
+    finished model can be read.
+    """
+
+    def __init__(self) -> None:
+        self._inputs: list[ir.Value] = []
+        self._outputs: list[ir.Value] = []
+        self._nodes: list[ir.Node] = []
+        self._initializers: dict[str, ir.Value] = {}
+        self._names: dict[str, int] = {}
+        self._made: dict[str, ir.Value] = {}
+
+    def input(self, name: str, dtype: ir.DataType, shape: Shape) -> ir.Value:
+        """A value that every run must be given."""
+        value = ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape))
+        self._inputs.append(value)
+        return value
+
+    def optional(self, name: str, default: npt.NDArray[Any], shape: Shape) -> ir.Value:
+        """A value that a run may be given; `default` where it is not."""
+        tensor = ir.tensor(default, name=name)
+        value = self.input(name, tensor.dtype, shape)
+        value.const_value = tensor
+        self._initializers[name] = value
+        return value
+
+    def output(self, value: ir.Value, name: str, dtype: ir.DataType, shape: Shape) -> None:
+        value.name, value.type, value.shape = name, ir.TensorType(dtype), ir.Shape(shape)
+        self._outputs.append(value)
+
+    def stored(self, tensor: Stored) -> ir.Value:
+        """A tensor of the data file."""
+        return self._initializer(
+            ir.ExternalTensor(
+                DATA,
+                tensor.offset,
+                tensor.nbytes,
+                _TYPES[tensor.dtype],
+                shape=ir.Shape(tensor.shape),
+                name=tensor.name,
+            )
+        )
+
+    def constant(self, value: npt.NDArray[Any], name: str) -> ir.Value:
+        """A few numbers inside the model file; equal names are one constant."""
+        return self._initializer(ir.tensor(value, name=name))
+
+    def integers(self, *values: int) -> ir.Value:
+        """int64 (n,), such as a shape."""
+        return self.constant(np.array(values, np.int64), f"int64:{','.join(map(str, values))}")
+
+    def real(self, value: float) -> ir.Value:
+        """A float32 number without dimensions."""
+        return self.constant(np.array(value, np.float32), f"float32:{np.float32(value)!s}")
+
+    def op(
+        self,
+        kind: str,
+        *inputs: ir.Value | None,
+        name: str,
+        domain: str = "",
+        outputs: int = 1,
+        **attributes: Any,
+    ) -> tuple[ir.Value, ...]:
+        """One node; `name` gets a number if it is taken. None is an input that is left out."""
+        count = self._names[name] = self._names.get(name, -1) + 1
+        name = f"{name}.{count}" if count else name
+        node = ir.Node(
+            domain,
+            kind,
+            inputs,
+            ir.convenience.convert_attributes(attributes),
+            num_outputs=outputs,
+            name=name,
+        )
+        for index, value in enumerate(node.outputs):
+            value.name = f"{name}:{index}"
+        self._nodes.append(node)
+        return tuple(node.outputs)
+
+    def once(self, name: str, make: Callable[[], ir.Value]) -> ir.Value:
+        """What `make` gives, made the first time that `name` is asked for."""
+        if name not in self._made:
+            self._made[name] = make()
+        return self._made[name]
+
+    def serialize(self, name: str, properties: dict[str, str]) -> bytes:
+        """The model file: everything but the tensors of the data file."""
+        graph = ir.Graph(
+            self._inputs,
+            self._outputs,
+            nodes=self._nodes,
+            initializers=list(self._initializers.values()),
+            name=name,
+            opset_imports={"": OPSET, CONTRIB: CONTRIB_OPSET},
+        )
+        model = ir.Model(
+            graph, ir_version=IR_VERSION, producer_name="slimport", metadata_props=properties
+        )
+        content: bytes = ir.to_proto(model).SerializeToString(deterministic=True)
+        return content
+
+    def _initializer(self, tensor: ir.TensorProtocol) -> ir.Value:
+        if tensor.name not in self._initializers:
+            assert tensor.name is not None
+            self._initializers[tensor.name] = ir.Value(
+                name=tensor.name,
+                type=ir.TensorType(tensor.dtype),
+                shape=ir.Shape(tensor.shape.numpy()),
+                const_value=tensor,
+            )
+        return self._initializers[tensor.name]

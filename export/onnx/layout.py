@@ -1,0 +1,235 @@
+"""Which tensors `model.onnx.data` holds, where, and of which weights each is made.
+
+Everything follows from shapes, so that the size of the files is known before any work is done.
+
+MatMulNBits (onnxruntime's ContribOperators.md) takes, for a matrix of N rows and K columns in
+blocks that share a scale: codes uint8 (N, blocks, bytes of a block), unsigned, low bits first;
+scales (N, blocks); zero points uint8 (N, bytes), packed likewise, 2 ** (bits - 1) where there are
+none.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Literal
+
+import numpy as np
+
+from ...architectures import DecoderConfig, Kind, Rope
+from ...errors import Unsupported
+from ...quantize.grid import Grid
+from ...quantize.plan import Choice, Plan
+from ..container import Deployment
+
+ALIGNMENT = 64
+FLOAT_MATRIX, FLOAT_VECTOR, SCALE = "<f2", "<f4", "<f2"
+GRIDS = ("int4-g32", "int4-g32-signed", "int8-row", "int8-g32", "int2-g64", "int2-g256")
+_QKV = (Kind.Q, Kind.K, Kind.V)
+_BLOCKS = (16, 32, 64, 128, 256)
+
+Part = Literal["codes", "scale", "zero_point", "values"]
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A tensor in the data file.
+
+    Attributes:
+        dtype: as numpy writes it, such as "<f2".
+        choices: the weights it is made of, one after the other along their rows; none for a table
+            of the rope.
+        part: what of these weights it holds.
+        offset: of its first byte in the file.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    choices: tuple[Choice, ...]
+    part: Part
+    offset: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class Matrix:
+    """One matrix product of the graph: a weight, or several that read the same input.
+
+    Attributes:
+        name: of its tensors, such as `model.layers.0.self_attn.qkv_proj`.
+        choices: the weights, one after the other along their rows; all have the same grid.
+        bias: their biases in the same order; empty where they have none.
+    """
+
+    name: str
+    choices: tuple[Choice, ...]
+    bias: tuple[Choice, ...] = ()
+
+    @property
+    def kind(self) -> Kind:
+        return Kind.QKV if len(self.choices) > 1 else self.choices[0].weight.kind
+
+    @property
+    def layer(self) -> int | None:
+        return self.choices[0].weight.layer
+
+    @property
+    def grid(self) -> Grid | None:
+        grid = self.choices[0].grid
+        assert grid is None or isinstance(grid, Grid), "layout refuses ggml's blocks"
+        return grid
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(outputs, inputs)"""
+        return _rows(self.choices), self.choices[0].weight.shape[1]
+
+
+class Layout:
+    """Where everything lies: the matrices of the graph, and every tensor of the data file.
+
+    Args:
+        matrices: in the order of the forward pass.
+        tensors: in the order of the file; their offsets are set here.
+    """
+
+    def __init__(self, matrices: Iterable[Matrix], tensors: Iterable[Stored]) -> None:
+        self.matrices = {(matrix.layer, matrix.kind): matrix for matrix in matrices}
+        placed, end = [], 0
+        for tensor in tensors:
+            placed.append(replace(tensor, offset=end))
+            end = padded(end + tensor.nbytes)
+        self.tensors, self.nbytes = tuple(placed), end
+
+    @cached_property
+    def by_name(self) -> dict[str, Stored]:
+        return {tensor.name: tensor for tensor in self.tensors}
+
+
+def layout(config: DecoderConfig, plan: Plan, deployment: Deployment) -> Layout:
+    """Where everything lies.
+
+    Raises:
+        Unsupported: a grid that no operator of the graph holds exactly.
+    """
+    matrices = list(_matrices(config, plan, deployment))
+    first = {matrix.choices[0].weight.name: matrix for matrix in matrices}
+    joined = {c.weight.name for matrix in matrices for c in (*matrix.choices, *matrix.bias)}
+    tensors: list[Stored] = []
+    for choice in plan.choices:
+        weight = choice.weight
+        if weight.name in first:
+            tensors += _tensors(first[weight.name])
+        elif weight.name not in joined:
+            tensors.append(Stored(weight.name, FLOAT_VECTOR, weight.shape, (choice,), "values"))
+    for index, rope in enumerate(ropes(config)):
+        shape = (deployment.context, rope.rotated(config.head_dim) // 2)
+        for half in ("cos", "sin"):
+            tensors.append(Stored(f"rope.{index}.{half}", FLOAT_VECTOR, shape, (), "values"))
+    return Layout(matrices, tensors)
+
+
+def ropes(config: DecoderConfig) -> tuple[Rope, ...]:
+    """The different ropes of a decoder, in the order of its layers."""
+    found = (config.attention(layer).rope for layer in range(config.layers))
+    return tuple(dict.fromkeys(rope for rope in found if rope is not None))
+
+
+def block_of(grid: Grid, columns: int) -> int:
+    """Weights that share a stored scale: the grid's group, or what costs least for a row's scale.
+
+    That scale is repeated for each block, and the last block is filled up.
+    """
+    if grid.group is not None:
+        return grid.group
+    scale = np.dtype(SCALE).itemsize
+
+    def row_bytes(block: int) -> int:
+        return -(-columns // block) * (block * grid.bits // 8 + scale)
+
+    return min(_BLOCKS, key=row_bytes)
+
+
+def blocks_of(grid: Grid, columns: int) -> int:
+    """Stored scales of one row."""
+    return -(-columns // block_of(grid, columns))
+
+
+def zero_point(grid: Grid) -> int:
+    """What is added to a code before it is stored."""
+    return -grid.low if grid.bits == 2 else 1 << (grid.bits - 1)
+
+
+def has_zero_points(grid: Grid) -> bool:
+    """Whether they are stored: where they are not what the operator takes without them."""
+    return zero_point(grid) != 1 << (grid.bits - 1)
+
+
+def padded(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+def _matrices(config: DecoderConfig, plan: Plan, deployment: Deployment) -> Iterator[Matrix]:
+    """In the order of the plan; q, k and v as one where nothing stands between them."""
+    named = {choice.weight.name: choice for choice in plan.choices}
+
+    def matrix(name: str, choices: tuple[Choice, ...]) -> Matrix:
+        biases = (named.get(c.weight.name.removesuffix("weight") + "bias") for c in choices)
+        return Matrix(name, choices, tuple(bias for bias in biases if bias is not None))
+
+    apart = config.family.qk_norm is not None or bool(deployment.adapted & {*_QKV})
+    for choice in plan.choices:
+        weight = choice.weight
+        if not weight.is_matrix:
+            continue
+        _refuse(choice)
+        stem = weight.name.removesuffix(".weight")
+        if weight.kind not in _QKV:
+            yield matrix(stem, (choice,))
+            continue
+        root = stem.rpartition(".")[0]
+        three = tuple(named[f"{root}.{letter}_proj.weight"] for letter in "qkv")
+        if apart or len({one.grid for one in three}) > 1:
+            yield matrix(stem, (choice,))
+        elif weight.kind is Kind.Q:
+            yield matrix(f"{root}.qkv_proj", three)
+
+
+def _tensors(matrix: Matrix) -> Iterator[Stored]:
+    """What a matrix needs in the file."""
+    grid, (rows, columns) = matrix.grid, matrix.shape
+    if grid is None:
+        yield Stored(
+            f"{matrix.name}.weight", FLOAT_MATRIX, (rows, columns), matrix.choices, "values"
+        )
+    else:
+        block, blocks = block_of(grid, columns), blocks_of(grid, columns)
+        codes = (rows, blocks, block * grid.bits // 8)
+        yield Stored(f"{matrix.name}.codes", "|u1", codes, matrix.choices, "codes")
+        yield Stored(f"{matrix.name}.scale", SCALE, (rows, blocks), matrix.choices, "scale")
+        if has_zero_points(grid):
+            shape = (rows, -(-blocks * grid.bits // 8))
+            yield Stored(f"{matrix.name}.zero_point", "|u1", shape, matrix.choices, "zero_point")
+    if matrix.bias:
+        yield Stored(f"{matrix.name}.bias", FLOAT_VECTOR, (rows,), matrix.bias, "values")
+
+
+def _rows(choices: Iterable[Choice]) -> int:
+    return sum(choice.weight.shape[0] for choice in choices)
+
+
+def _refuse(choice: Choice) -> None:
+    if choice.grid is None or choice.grid.name in GRIDS:
+        return
+    raise Unsupported(
+        f"{choice.weight.name}: ONNX cannot hold the grid {choice.grid.name}",
+        f"no operator of ONNX Runtime means the same; it holds {', '.join(GRIDS)} exactly",
+        f'give it one of these grids, such as "{choice.weight.name}" = "int8-g32", or write GGUF:'
+        " --container gguf",
+    )

@@ -1,0 +1,86 @@
+"""Codes, scales and floats into the tensors of the data file, bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ...architectures import DecoderConfig
+from ...quantize import packing
+from ...quantize.grid import Float32, Grid, Int8
+from ...quantize.store import QuantizedCheckpoint
+from ...quantize.tensor import QuantizedTensor
+from ..floats import exact_half, half
+from .layout import Stored, block_of, blocks_of, ropes, zero_point
+
+UInt8 = npt.NDArray[np.uint8]
+_CHUNK = 1 << 21  # weights packed at a time
+
+
+def parts(tensor: Stored, model: QuantizedCheckpoint) -> Iterator[npt.NDArray[Any]]:
+    """The bytes of a tensor that is made of weights, some rows at a time.
+
+    Raises:
+        Unsupported: a float weight beyond float16.
+    """
+    for choice in tensor.choices:
+        weight = model.load(choice.weight.name)
+        if isinstance(weight, np.ndarray):
+            name = choice.weight.name
+            yield half(name, weight) if tensor.dtype == "<f2" else np.ascontiguousarray(weight)
+            continue
+        assert isinstance(weight, QuantizedTensor), "layout refuses ggml's blocks"
+        if tensor.part == "codes":
+            yield from _codes(weight)
+        elif tensor.part == "scale":
+            yield _scales(weight)
+        else:
+            yield _zero_points(weight)
+
+
+def rope_parts(tensor: Stored, config: DecoderConfig) -> Iterator[Float32]:
+    """A table of the rope: float32 (context, rotated / 2)."""
+    from ...decoder import rotations  # torch is loaded only to write
+
+    _, index, half_name = tensor.name.split(".")
+    tables = rotations(ropes(config)[int(index)], config.head_dim, tensor.shape[0])
+    yield np.ascontiguousarray(tables[half_name == "sin"].numpy())
+
+
+def pack(codes: Int8, grid: Grid) -> UInt8:
+    """Codes (rows, columns) as uint8 (rows, bytes of a row), the last block filled up with zeros.
+
+    A row 1, -2, 0 ... on int4-g32 starts with the nibbles 9, 6, 8: the bytes 0x69, 0x.8.
+    """
+    columns = codes.shape[1]
+    missing = blocks_of(grid, columns) * block_of(grid, columns) - columns
+    if missing:
+        codes = np.pad(codes, ((0, 0), (0, missing)))
+    if grid.bits == 2:
+        raised = (codes + np.int8(zero_point(grid))).view(np.uint8)
+        return packing.join_pairs_of_bits(raised.reshape(len(codes), -1, 4))
+    flip = {4: np.uint8(0x88), 8: np.uint8(0x80)}[grid.bits]  # adds half of the range, modulo it
+    return packing.pack(codes, grid.bits) ^ flip
+
+
+def _codes(weight: QuantizedTensor) -> Iterator[UInt8]:
+    rows, columns = weight.shape
+    step = max(1, _CHUNK // columns)
+    for start in range(0, rows, step):
+        yield pack(weight.codes[start : start + step], weight.grid)
+
+
+def _scales(weight: QuantizedTensor) -> npt.NDArray[Any]:
+    rows, columns = weight.shape
+    shape = (rows, blocks_of(weight.grid, columns))
+    return np.ascontiguousarray(np.broadcast_to(exact_half(weight.scale), shape))
+
+
+def _zero_points(weight: QuantizedTensor) -> UInt8:
+    rows, columns = weight.shape
+    blocks, bits = blocks_of(weight.grid, columns), weight.grid.bits
+    points = np.full((rows, -(-blocks * bits // 8) * 8 // bits), zero_point(weight.grid), np.uint8)
+    return packing.join_pairs_of_bits(points.reshape(rows, -1, 4))

@@ -1,0 +1,53 @@
+"""The containers that slimport writes, each with the runtime that judges it, by name.
+
+A container is imported when it is asked for: one whose library is missing stops no other.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from ..errors import DependencyMissing, Unsupported
+from ..export.container import Container
+from ..validation.runtime import Runtime
+
+NAMES = ("gguf", "onnx")
+
+
+class Pair(NamedTuple):
+    """A file format, and what executes it."""
+
+    container: Container
+    runtime: Runtime
+
+
+def load(name: str) -> Pair:
+    """The container and its runtime.
+
+    Raises:
+        Unsupported: no container has this name.
+        DependencyMissing: a library that it needs cannot be imported.
+    """
+    try:
+        if name == "gguf":
+            from ..export import gguf
+            from ..validation.runtimes import llamacpp
+
+            return Pair(gguf, llamacpp)
+        if name == "onnx":
+            from ..export import onnx
+            from ..validation.runtimes import onnxruntime
+
+            return Pair(onnx, onnxruntime)
+    except ImportError as error:
+        raise DependencyMissing(
+            f"container {name} cannot be used",
+            f"a library does not import: {error}",
+            "pip install -c constraints.txt --editable . in slimport's folder; then run"
+            " `slimport doctor`",
+        ) from error
+    raise Unsupported(
+        f"there is no container {name}",
+        f"this slimport writes and reads {', '.join(NAMES)}",
+        f"name one of them, such as --container {NAMES[0]}",
+    )

@@ -1,0 +1,156 @@
+"""Models with codes in memory, so that these tests need no quantizer and no quantized folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from slimport.architectures import DecoderConfig, decoder_config
+from slimport.quantize.grid import Float32, Grid, round_scale
+from slimport.quantize.plan import Plan, make_plan
+from slimport.quantize.store import Record
+from slimport.quantize.tensor import QuantizedTensor, weights_digest
+
+LLAMA3 = {
+    "rope_theta": 10000.0,
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+LINEAR = {"rope_theta": 10000.0, "rope_type": "linear", "factor": 4.0}
+YARN = {
+    "rope_theta": 10000.0,
+    "rope_type": "yarn",
+    "factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {}),
+    "llama-biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "llama-wide-heads": ("llama", {"head_dim": 32, "attention_bias": True}),
+    "llama-untied-mha": ("llama", {"tie_word_embeddings": False, "num_key_value_heads": 4}),
+    "llama-llama3": ("llama", {"rope_parameters": LLAMA3}),
+    "llama-linear": ("llama", {"rope_parameters": LINEAR}),
+    "qwen2": ("qwen2", {}),
+    "qwen2-linear-untied": ("qwen2", {"rope_parameters": LINEAR, "tie_word_embeddings": False}),
+    "qwen3": ("qwen3", {}),
+    "llama-yarn": ("llama", {"rope_parameters": YARN}),
+    "qwen2-yarn": ("qwen2", {"rope_parameters": YARN}),
+    "mistral": ("mistral", {}),
+    "gemma": ("gemma", {}),
+    "gemma2": ("gemma2", {"num_hidden_layers": 3}),
+    "gemma3": ("gemma3_text", {"num_hidden_layers": 7}),
+    "gemma3-every-third": (
+        "gemma3_text",
+        {
+            "num_hidden_layers": 4,
+            "layer_types": ["sliding_attention"] * 2 + ["full_attention", "sliding_attention"],
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 5e3},
+            },
+        },
+    ),
+    "smollm3": ("smollm3", {"num_hidden_layers": 5}),
+    "olmo2": ("olmo2", {}),
+    "granite": ("granite", {}),
+    "phi3": ("phi3", {}),
+    "mistral-window": ("mistral", {"sliding_window": 24}),
+    "phi3-window": ("phi3", {"sliding_window": 24}),
+    "phi3-long": (
+        "phi3",
+        {
+            "max_position_embeddings": 512,
+            "original_max_position_embeddings": 256,  # llama.cpp's shortest context
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 10000.0,
+                "partial_rotary_factor": 0.75,
+                "short_factor": [1.0, 1.1, 1.2, 1.5, 2.0, 3.0],
+                "long_factor": [1.0, 2.0, 4.0, 8.0, 16.0, 32.0],
+            },
+        },
+    ),
+}
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A test that takes `variant` runs once for each: (family, config)."""
+    if "variant" in metafunc.fixturenames:
+        metafunc.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
+
+
+@pytest.fixture
+def llama3() -> dict[str, Any]:
+    """Rope parameters of Llama 3.1."""
+    return LLAMA3
+
+
+@dataclass(frozen=True)
+class Model:
+    """Stands in for a QuantizedCheckpoint."""
+
+    name: str
+    decoder: DecoderConfig
+    plan: Plan
+    tensors: Mapping[str, QuantizedTensor | Float32]
+
+    def load(self, name: str) -> QuantizedTensor | Float32:
+        return self.tensors[name]
+
+    def rows(self, name: str) -> Float32:
+        tensor = self.tensors[name]
+        return tensor.dequantize() if isinstance(tensor, QuantizedTensor) else tensor
+
+    @property
+    def records(self) -> dict[str, Record]:
+        return {
+            name: Record(tensor.digest(name))
+            for name, tensor in self.tensors.items()
+            if isinstance(tensor, QuantizedTensor)
+        }
+
+    @property
+    def weights_digest(self) -> str:
+        return weights_digest({name: record.digest for name, record in self.records.items()})
+
+    @property
+    def grids(self) -> dict[str, str]:
+        return {c.weight.name: c.grid.name for c in self.plan.choices if c.grid}
+
+
+def nearest(weight: Float32, grid: Grid) -> QuantizedTensor:
+    """Round to nearest with the scale of the largest magnitude."""
+    rows, columns = weight.shape
+    grouped = weight.reshape(rows, grid.groups(columns), -1)
+    scale = round_scale(np.abs(grouped).max(-1) / grid.high)
+    codes = np.clip(np.rint(grouped / scale[..., None]), grid.low, grid.high)
+    return QuantizedTensor(grid, codes.reshape(rows, columns).astype(np.int8), scale)
+
+
+def model_of(folder: Path, preset: str = "int4", patterns: Mapping[str, str] = {}) -> Model:
+    config = decoder_config(json.loads((folder / "config.json").read_text()))
+    plan = make_plan(config, preset, "rtn", patterns)
+    stored = load_file(folder / "model.safetensors")
+    tensors = {
+        choice.weight.name: stored[choice.weight.name]
+        if choice.grid is None
+        else nearest(stored[choice.weight.name], choice.grid)
+        for choice in plan.choices
+    }
+    return Model(folder.name, config, plan, tensors)
+
+
+@pytest.fixture(scope="session")
+def in_memory() -> Callable[..., Model]:
+    """in_memory(folder, preset="int4", patterns={}) -> Model."""
+    return model_of

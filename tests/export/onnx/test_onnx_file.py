@@ -1,0 +1,241 @@
+"""Whole folders: exact sizes, exact codes, and logits of transformers in ONNX Runtime."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from slimport.architectures import FAMILIES, Kind, weights
+from slimport.errors import Unsupported
+from slimport.export import onnx as container
+from slimport.export.container import Deployment
+from slimport.export.onnx import layout
+from slimport.export.onnx.reader import MODEL, File
+from slimport.quantize.tensor import QuantizedTensor, weights_digest
+from slimport.tokenizer.tokenizer import Tokenizer
+from slimport.validation.runtimes import onnxruntime
+
+FLOAT = {"*": "float16"}
+Variant = tuple[str, dict[str, Any]]
+
+
+def export(model: Any, folder: Path, target: Path, context: int = 64, *adapted: Kind) -> Path:
+    """Write the files and hold them to their predicted sizes."""
+    tokenizer = Tokenizer.open(folder)
+    deployment = Deployment(context, frozenset(adapted))
+    predicted = container.predict(model.decoder, model.plan, tokenizer, model.name, deployment)
+    files = container.write(model, tokenizer, target, deployment)
+    assert predicted == {file.name: file.stat().st_size for file in files}
+    assert files[0].name == container.FILE
+    return files[0]
+
+
+def windows(vocabulary: int) -> np.ndarray[Any, np.dtype[np.int32]]:
+    return np.random.default_rng(1).integers(0, vocabulary, (2, 64), dtype=np.int32)
+
+
+def oracle(folder: Path, tokens: np.ndarray[Any, Any], tensors: dict[str, Any]) -> Any:
+    """transformers' logits in float32, with `tensors` in place of the stored ones."""
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    )
+    values = {
+        name: tensor.dequantize() if isinstance(tensor, QuantizedTensor) else tensor
+        for name, tensor in tensors.items()
+    }
+    state = {name: torch.from_numpy(np.array(value)) for name, value in values.items()}
+    if model.config.tie_word_embeddings:
+        state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    model.load_state_dict(state)
+    with torch.inference_mode():
+        return model(torch.from_numpy(tokens).long()).logits.numpy()
+
+
+def test_onnxruntime_computes_the_logits_of_transformers(
+    variant: Variant,
+    make_model: Any,
+    in_memory: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(layout, "FLOAT_MATRIX", "<f4")
+    family, overrides = variant
+    folder = make_model(family, **overrides)
+    model = in_memory(folder, patterns=FLOAT)
+    if model.decoder.rope.share != 1 and "rope_parameters" in overrides:
+        with pytest.raises(Unsupported, match="cannot rotate 12 numbers"):
+            container.refuse(model.decoder, model.plan, Tokenizer.open(folder))
+        return
+    tokens = windows(model.decoder.vocab_size)
+    onnxruntime.logits(export(model, folder, tmp_path), tokens, tmp_path / "o.npy")
+    difference = np.abs(np.load(tmp_path / "o.npy") - oracle(folder, tokens, model.tensors))
+    assert difference.max() < (2e-4 if "gemma" in family else 3e-5)
+
+
+@pytest.mark.parametrize(
+    "patterns",
+    [
+        {},
+        {"*": "int4-g32"},
+        {"*": "int4-g32-signed"},
+        {"*": "int8-row"},
+        {"*": "int8-g32"},
+        {"*": "int2-g64"},
+        {"*": "int2-g256"},
+        {"*v_proj*": "int8-row"},
+        {"*": "float16", "*down*": "int2-g64"},
+    ],
+    ids=lambda patterns: "_".join(patterns.values()) or "int4",
+)
+@pytest.mark.parametrize("tied", [True, False])
+def test_exact_products_are_those_of_the_codes(
+    patterns: dict[str, str], tied: bool, make_model: Any, in_memory: Any, tmp_path: Path
+) -> None:
+    folder = make_model(
+        "qwen2",
+        tie_word_embeddings=tied,
+        hidden_size=256,
+        intermediate_size=512,
+        num_attention_heads=8,
+    )
+    model = in_memory(folder, patterns=patterns)
+    for name, tensor in model.tensors.items():
+        if not isinstance(tensor, QuantizedTensor) and tensor.ndim == 2:
+            model.tensors[name] = tensor.astype(np.float16).astype(np.float32)
+    tokens = windows(model.decoder.vocab_size)
+    file = export(model, folder, tmp_path)
+    assert onnxruntime.exact_logits(file, tokens, tmp_path / "o.npy")
+    expected = oracle(folder, tokens, model.tensors)
+    assert np.abs(np.load(tmp_path / "o.npy") - expected).max() < 1e-4
+    onnxruntime.logits(file, tokens, tmp_path / "shipped.npy")
+    shipped = np.abs(np.load(tmp_path / "shipped.npy") - expected)
+    assert np.median(shipped) < 0.2  # of logits that spread over whole units
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("preset", ["int4", "int4-all", "int4-signed", "int8", "mixed", "int2"])
+def test_every_code_comes_back(
+    family: str, preset: str, make_model: Any, in_memory: Any, tmp_path: Path
+) -> None:
+    tied = family != "olmo2" and preset != "int4-all"
+    folder = make_model(family, tie_word_embeddings=tied, intermediate_size=128)
+    model = in_memory(folder, preset)
+    export(model, folder, tmp_path)
+    found = container.check(model, tmp_path)
+    digests = {}
+    for name, tensor in container.read_back(tmp_path, model.decoder, model.grids):
+        expected = model.tensors[name]
+        if isinstance(expected, QuantizedTensor):
+            assert isinstance(tensor, QuantizedTensor)
+            assert tensor.grid is expected.grid
+            np.testing.assert_array_equal(tensor.codes, expected.codes)
+            np.testing.assert_array_equal(tensor.scale, expected.scale)
+            digests[name] = expected.digest(name)
+        else:
+            assert not isinstance(tensor, QuantizedTensor)
+            assert found.float_errors[name] == 0
+            np.testing.assert_array_equal(tensor, expected)
+    assert set(found.float_errors) | set(digests) == {w.name for w in weights(model.decoder)}
+    assert found.weights_digest == weights_digest(digests)
+    assert found.digests == digests
+
+
+def test_two_exports_have_the_same_bytes(tiny_llama: Path, in_memory: Any, tmp_path: Path) -> None:
+    contents = []
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        export(in_memory(tiny_llama), tiny_llama, tmp_path / name)
+        files = sorted((tmp_path / name).iterdir())
+        contents.append({file.name: file.read_bytes() for file in files})
+    assert contents[0] == contents[1]
+
+
+def test_a_rows_scale_is_repeated_where_that_costs_least() -> None:
+    from slimport.quantize.grid import INT8_ROW
+
+    assert {
+        columns: layout.block_of(INT8_ROW, columns) for columns in (64, 256, 576, 960, 100)
+    } == {
+        64: 64,
+        256: 256,
+        576: 64,  # 9 blocks of 66 bytes; 3 of 258 would leave 192 codes unused
+        960: 64,
+        100: 16,  # 7 blocks, 112 codes
+    }
+
+
+def test_rows_that_no_block_divides_are_filled_up(
+    make_model: Any, in_memory: Any, tmp_path: Path
+) -> None:
+    folder = make_model("llama", hidden_size=72, num_attention_heads=2, head_dim=32)
+    model = in_memory(folder, patterns={"*": "int8-row"})
+    tokens = windows(model.decoder.vocab_size)
+    file = export(model, folder, tmp_path)
+    container.check(model, tmp_path)
+    assert onnxruntime.exact_logits(file, tokens, tmp_path / "o.npy")
+    expected = oracle(folder, tokens, model.tensors)
+    assert np.abs(np.load(tmp_path / "o.npy") - expected).max() < 1e-4
+
+
+def test_tensors_are_aligned_shared_and_without_needless_zero_points(
+    tiny_llama: Path, in_memory: Any, tmp_path: Path
+) -> None:
+    export(in_memory(tiny_llama, "int2"), tiny_llama, tmp_path)
+    model = onnx.load_model(tmp_path / MODEL, load_external_data=False)
+    onnx.checker.check_model(str(tmp_path / MODEL))
+    places = {}
+    for tensor in model.graph.initializer:
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            entries = {entry.key: entry.value for entry in tensor.external_data}
+            assert int(entries["offset"]) % 64 == 0
+            places[tensor.name] = (entries["offset"], entries["length"])
+        else:
+            assert tensor.ByteSize() < 200
+    table = "model.embed_tokens.codes"
+    assert places[table] == places[f"{table}.rows"]
+    assert not any("lm_head" in name for name in places)
+    assert all("zero_point" not in name for name in places if "embed" in name)
+    assert "model.layers.0.mlp.up_proj.zero_point" in places  # 2 bits: 1, not 2
+    file = File(tmp_path)
+    assert not any("g_idx" in value for node in file.nodes.values() for value in node.input)
+
+
+def test_q_k_and_v_are_one_product_if_their_grids_agree(
+    tiny_llama: Path, make_model: Any, in_memory: Any
+) -> None:
+    def kinds(model: Any, *adapted: Kind) -> set[Kind]:
+        found = layout.layout(model.decoder, model.plan, Deployment(8, frozenset(adapted)))
+        return {kind for layer, kind in found.matrices if layer == 0}
+
+    plain = in_memory(tiny_llama)
+    assert Kind.QKV in kinds(plain) and Kind.Q not in kinds(plain)
+    assert Kind.QKV in kinds(plain, Kind.DOWN)
+    assert Kind.QKV not in kinds(plain, Kind.V)
+    assert Kind.QKV not in kinds(in_memory(tiny_llama, patterns={"*v_proj*": "int8-row"}))
+    assert Kind.QKV not in kinds(in_memory(make_model("qwen3")))
+
+
+def test_ggml_types_are_refused(make_model: Any, in_memory: Any) -> None:
+    folder = make_model("llama", hidden_size=256, num_attention_heads=8)
+    model = in_memory(folder)
+    from slimport.quantize.plan import make_plan
+
+    plan = make_plan(model.decoder, "Q4_K_M", "rtn")
+    with pytest.raises(Unsupported, match="ONNX cannot hold the grid"):
+        container.refuse(model.decoder, plan, Tokenizer.open(folder))
+
+
+def test_a_text_longer_than_the_files_are_made_for_is_refused(
+    tiny_llama: Path, in_memory: Any, tmp_path: Path
+) -> None:
+    from slimport.errors import ValidationFailed
+
+    file = export(in_memory(tiny_llama), tiny_llama, tmp_path, context=32)
+    with pytest.raises(ValidationFailed, match="cannot run"):
+        onnxruntime.logits(file, windows(416), tmp_path / "o.npy")

@@ -1,0 +1,168 @@
+"""ONNX Runtime as it runs on a device: same files, same operators, same session options.
+
+Fills `validation.runtime.Runtime` for the ONNX container. Logits of whole windows come from ONNX
+Runtime's own session; tokenizer, text and speeds from onnxruntime-genai, as in an app. Everything
+happens in a child process (`onnxruntime_worker`), which imports neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from importlib.metadata import version as distribution
+from pathlib import Path
+from typing import Any
+
+from ...errors import BadInput
+from .. import worker
+from ..runtime import Generation, Ids, Measurements, Memory, Speed, Vocabulary
+from ..worker import Progress
+
+PREDICTED = ("mapped", "repacked", "kv_cache", "compute")  # it states none of them
+_WORKER = "slimport.validation.runtimes.onnxruntime_worker"
+
+
+def version() -> str:
+    """Such as "ONNX Runtime 1.31.1 with onnxruntime-genai 0.18.0"."""
+    genai = distribution("onnxruntime-genai")
+    return f"ONNX Runtime {distribution('onnxruntime')} with onnxruntime-genai {genai}"
+
+
+def logits(
+    file: Path,
+    windows: Ids,
+    out: Path,
+    *,
+    kv_cache: str = "f32",
+    adapter: Path | None = None,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> None:
+    """Logits at every position of every window, each window from an empty cache.
+
+    Args:
+        file: `model.onnx`, its data beside it.
+        windows: int32 (n, length) token ids, as they are: nothing is put before them.
+        out: becomes a .npy file of float32 (n, length, vocabulary).
+        kv_cache: the dtype that the graph has; no other can be asked for.
+        adapter: an `.onnx_adapter` file applied at run time.
+        threads: CPU threads; all by default.
+
+    Raises:
+        BadInput: no windows, or no such file.
+        ValidationFailed: ONNX Runtime refuses the files, or hands work to another provider.
+        EnvironmentFailed: the disk is full.
+    """
+    _run(file, windows, out, adapter, False, threads, progress)
+
+
+def exact_logits(file: Path, windows: Ids, out: Path, *, adapter: Path | None = None) -> bool:
+    """As `logits`, with float32 products in place of int8 activations."""
+    _run(file, windows, out, adapter, True, None, None)
+    return True
+
+
+def _run(
+    file: Path,
+    windows: Ids,
+    out: Path,
+    adapter: Path | None,
+    exact: bool,
+    threads: int | None,
+    progress: Progress | None,
+) -> None:
+    if windows.ndim != 2 or not windows.size:
+        raise BadInput(
+            f"windows of shape {windows.shape} cannot be run",
+            "validation needs at least one window of token ids, int32 (n, length)",
+            "give a longer text",
+        )
+    arguments = {"windows": windows.tolist(), "out": str(out), "exact": exact}
+    arguments |= {"threads": worker.threads() if threads is None else threads}
+    _call("logits", file, progress, **arguments, **_adapter(adapter))
+
+
+def tokenize(file: Path, texts: Sequence[str]) -> list[list[int]]:
+    """Ids of each text by genai's tokenizer: no special tokens added, those in it parsed."""
+    found: list[list[int]] = _call("tokenize", file, texts=list(texts))
+    return found
+
+
+def vocabulary(file: Path) -> Vocabulary:
+    """What genai read of the tokenizer: where it stops, what it adds."""
+    found = _call("vocabulary", file)
+    return Vocabulary(**{**found, "eog": tuple(found["eog"])})
+
+
+def generate(
+    file: Path,
+    prompts: Sequence[Sequence[int]],
+    max_tokens: int,
+    *,
+    kv_cache: str = "f32",
+    adapter: Path | None = None,
+    progress: Progress | None = None,
+) -> list[Generation]:
+    """Greedy tokens after each prompt of ids, up to an end-of-generation token.
+
+    Raises:
+        BadInput: an empty prompt.
+        ValidationFailed: genai refuses the files or crashes.
+    """
+    if not prompts or not all(map(len, prompts)):
+        raise BadInput(
+            "an empty prompt cannot be continued",
+            "greedy generation needs at least one token id",
+            "give prompts of at least one token",
+        )
+    arguments: dict[str, Any] = {"prompts": [list(map(int, prompt)) for prompt in prompts]}
+    arguments |= {"max_tokens": max_tokens, **_adapter(adapter)}
+    found = _call("generate", file, progress, **arguments)
+    return [Generation(tuple(tokens), stopped) for tokens, stopped in found]
+
+
+def measure(
+    file: Path,
+    context: int,
+    prompt_lengths: Sequence[int] = (200, 400, 600, 800, 1000),
+    *,
+    generated: int = 64,
+    kv_cache: str = "f32",
+    adapter: Path | None = None,
+    progress: Progress | None = None,
+) -> Measurements:
+    """Time prompts of random tokens in genai, with a cache for `context` tokens.
+
+    After each prompt `generated` tokens are timed, or as many as still fit; a prompt that leaves no
+    room for 2 is left out. Memory is what graph and context say, see onnxruntime_memory.
+
+    Raises:
+        ValidationFailed: genai refuses the files or crashes.
+    """
+    arguments: dict[str, Any] = {"context": context, "prompt_lengths": list(prompt_lengths)}
+    arguments |= {"generated": max(2, generated), **_adapter(adapter)}
+    found = _call("measure", file, progress, **arguments)
+    return Measurements(
+        speed=tuple(Speed(**speed) for speed in found["speed"]),
+        memory=Memory(**found["memory"]),
+        rss_anon=found["rss_anon"],
+        rss_file=found["rss_file"],
+    )
+
+
+def memory_on(file: Path, isa: Collection[str], measured: Memory) -> Memory:
+    """ONNX Runtime copies the same weights for every CPU: what was said for this one."""
+    return measured
+
+
+def _adapter(adapter: Path | None) -> dict[str, Any]:
+    return {"adapter": None if adapter is None else str(adapter)}
+
+
+def _call(job: str, file: Path, progress: Progress | None = None, **arguments: Any) -> Any:
+    if not file.is_file():
+        raise BadInput(
+            f"there is no file {file.name}",
+            "ONNX Runtime runs a model.onnx",
+            "export the model first",
+        )
+    return worker.call(_WORKER, job, {"file": str(file), **arguments}, progress)

@@ -1,0 +1,71 @@
+"""What ONNX Runtime holds in memory, from the graph and its settings.
+
+ONNX Runtime states no sizes. What follows was compared with RssAnon (benchmarks/README.md).
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ...export.onnx.reader import File, Operand
+from ..runtime import Memory
+
+_FLOAT = 4
+# Beside the codes, packed for the CPU, a block has its scale as float32 twice (once in the packed
+# weights) and the sum of its codes (mlas, SQNBitGemm).
+_BLOCK = 3 * _FLOAT
+
+
+def memory(folder: Path, context: int, adapter: Path | None) -> Memory:
+    """Bytes with a cache for `context` tokens, for prompts of any length that fits."""
+    file = File(folder)
+    settings = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))
+    multiplied = {
+        name: operand
+        for name, node in file.nodes.items()
+        if node.op_type in ("MatMulNBits", "FusedMatMul") and (operand := file.operand(name))
+    }
+    return Memory(
+        mapped=sum(
+            operand.codes.nbytes
+            for name, node in file.nodes.items()
+            if "Gather" in node.op_type and (operand := file.operand(name))
+        ),
+        repacked=sum(_packed_bytes(operand) for operand in multiplied.values()),
+        kv_cache=_cache_bytes(settings["model"]["decoder"], context),
+        compute=_compute_bytes(settings, multiplied, context),
+        adapter=adapter.stat().st_size if adapter else 0,
+    )
+
+
+def _packed_bytes(operand: Operand) -> int:
+    if operand.scale is None:
+        return operand.codes.size * _FLOAT
+    return operand.codes.nbytes + operand.scale.size * _BLOCK
+
+
+def _cache_bytes(decoder: dict[str, Any], context: int) -> int:
+    width = decoder["num_key_value_heads"] * decoder["head_size"]
+    return int(2 * decoder["num_hidden_layers"] * width * context * _FLOAT)
+
+
+def _compute_bytes(settings: dict[str, Any], multiplied: dict[str, Operand], context: int) -> int:
+    """Activations of one run of prompt tokens: those of the stage that needs most.
+
+    A stage has the residual stream twice, what it reads and what it makes; attention has its
+    scores too.
+    """
+    decoder, tokens = settings["model"]["decoder"], min(settings["search"]["chunk_size"], context)
+    hidden = decoder["hidden_size"]
+    vocabulary = settings["model"]["vocab_size"]
+    inner = max(len(op.codes) for name, op in multiplied.items() if ".mlp." in name)
+    heads = decoder["num_attention_heads"]
+    rows = (heads + 2 * decoder["num_key_value_heads"]) * decoder["head_size"]
+    stages = {
+        "attention": rows + heads * decoder["head_size"] + heads * context,
+        "feed_forward": 3 * inner,
+        "head": vocabulary,
+    }
+    return int(tokens * (2 * hidden + max(stages.values())) * _FLOAT)

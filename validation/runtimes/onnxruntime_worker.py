@@ -1,0 +1,249 @@
+"""The child process behind `onnxruntime`: one job on one folder."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnxruntime as ort
+import onnxruntime_genai as genai
+
+from ...errors import ValidationFailed
+from ...quantize.grid import Float32
+from .. import worker
+from ..logits import writer
+from . import onnxruntime_memory
+from .rss import gained, rss
+
+PROVIDER = "CPUExecutionProvider"
+_EXACT = 1  # accuracy_level of MatMulNBits: products in float32
+_FOLDER = "session.model_external_initializers_file_folder_path"
+_LOGITS = 2**24  # numbers of one run: 64 MiB
+ort.set_default_logger_severity(4)  # what fails is raised; the log repeats it in color
+
+
+class _Session:
+    """The model in ONNX Runtime's own session."""
+
+    def __init__(self, file: Path, threads: int, exact: bool) -> None:
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads
+        model: str | bytes = str(file)
+        if exact:
+            model = _exact(file)
+            options.add_session_config_entry(_FOLDER, str(file.parent))
+        with _refusals(f"ONNX Runtime does not load {file.name}"):
+            self.session = ort.InferenceSession(model, options, providers=[PROVIDER])
+        if self.session.get_providers() != [PROVIDER]:
+            raise ValidationFailed(
+                f"ONNX Runtime runs {file.name} on other providers than it was told",
+                f"it names {', '.join(self.session.get_providers())}",
+                "install the onnxruntime of constraints.txt alone",
+            )
+        self.run_options = ort.RunOptions()
+        inputs = self.session.get_inputs()
+        self.caches = {one.name: one.shape for one in inputs if one.name.startswith("past")}
+        self.outputs = [value.name for value in self.session.get_outputs()]
+        self.vocab_size = int(self.session.get_outputs()[0].shape[-1])
+
+    def attach(self, adapter: str) -> None:
+        with _refusals(f"ONNX Runtime does not load the adapter {Path(adapter).name}"):
+            self.adapter = ort.LoraAdapter()  # kept: the options only point to it
+            self.adapter.Load(adapter)
+            self.run_options.add_active_adapter(self.adapter)
+
+    def logits(self, window: list[int], step: int) -> Iterator[Float32]:
+        """float32 (tokens, vocabulary) of at most `step` tokens at a time."""
+        cache = {
+            name: np.zeros((1, shape[1], 0, shape[3]), np.float32)
+            for name, shape in self.caches.items()
+        }
+        for start in range(0, len(window), step):
+            ids = np.array([window[start : start + step]], np.int64)
+            mask = np.ones((1, start + ids.size), np.int64)
+            with _refusals("ONNX Runtime cannot run the model"):
+                found, *present = self.session.run(
+                    self.outputs,
+                    {"input_ids": ids, "attention_mask": mask, **cache},
+                    self.run_options,
+                )
+            cache = dict(zip(self.caches, present, strict=True))
+            yield found[0]
+
+
+def _exact(file: Path) -> bytes:
+    """The model with every product in float32."""
+    model = onnx.load_model(file, load_external_data=False)
+    for node in model.graph.node:
+        for attribute in node.attribute:
+            if attribute.name == "accuracy_level":
+                attribute.i = _EXACT
+    content: bytes = model.SerializeToString()
+    return content
+
+
+@contextmanager
+def _refusals(what: str) -> Iterator[None]:
+    """Errors of either library, whose kinds are not public, as one of ours."""
+    try:
+        yield
+    except Exception as error:
+        if not (isinstance(error, RuntimeError) or type(error).__module__.startswith("onnx")):
+            raise
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        why, cure = f"it says: {lines[0]}", "export the files again from the model"
+        raise ValidationFailed(what, why, cure) from error
+
+
+def _logits(
+    file: str,
+    windows: list[list[int]],
+    out: str,
+    exact: bool,
+    threads: int,
+    adapter: str | None,
+) -> None:
+    model = _Session(Path(file), threads, exact)
+    if adapter is not None:
+        model.attach(adapter)
+    length = len(windows[0])
+    step = min(length, 512, max(32, _LOGITS // model.vocab_size))
+    with writer(Path(out), (len(windows), length, model.vocab_size)) as target:
+        for window in worker.counted(windows, len(windows)):
+            for rows in model.logits(window, step):
+                target.write(np.ascontiguousarray(rows).data)
+
+
+class _Genai:
+    """The folder as an app opens it."""
+
+    def __init__(self, file: str) -> None:
+        with _refusals(f"onnxruntime-genai does not load the folder of {Path(file).name}"):
+            self.model = genai.Model(str(Path(file).parent))
+            self.tokenizer = genai.Tokenizer(self.model)
+        self.adapters: Any = None
+
+    def attach(self, adapter: str) -> None:
+        with _refusals(f"onnxruntime-genai does not load the adapter {Path(adapter).name}"):
+            self.adapters = genai.Adapters(self.model)
+            self.adapters.load(adapter, "adapter")
+
+    def generator(self, length: int, least: int = 0) -> Any:
+        """A greedy generator with a cache for `length` tokens; no end before `least` of them."""
+        params = genai.GeneratorParams(self.model)
+        params.set_search_options(
+            max_length=length, min_length=least, do_sample=False, repetition_penalty=1.0
+        )
+        generator = genai.Generator(self.model, params)
+        if self.adapters is not None:
+            generator.set_active_adapter(self.adapters, "adapter")
+        return generator
+
+
+def _tokenize(file: str, texts: list[str]) -> list[list[int]]:
+    tokenizer = _Genai(file).tokenizer
+    return [[int(token) for token in tokenizer.encode(text)] for text in texts]
+
+
+def _vocabulary(file: str) -> dict[str, Any]:
+    tokenizer = _Genai(file).tokenizer
+    return {
+        "size": _vocab_size(Path(file).parent),
+        "eog": [int(token) for token in tokenizer.eos_token_ids],
+        "bos": int(tokenizer.bos_token_id),
+        "adds_bos": False,
+        "chat_template": None,
+    }
+
+
+def _vocab_size(folder: Path) -> int:
+    settings = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))
+    return int(settings["model"]["vocab_size"])
+
+
+def _generate(
+    file: str, prompts: list[list[int]], max_tokens: int, adapter: str | None
+) -> list[tuple[list[int], bool]]:
+    opened = _Genai(file)
+    if adapter is not None:
+        opened.attach(adapter)
+    ends = {int(token) for token in opened.tokenizer.eos_token_ids}
+    return [
+        _greedy(opened, prompt, max_tokens, ends)
+        for prompt in worker.counted(prompts, len(prompts))
+    ]
+
+
+def _greedy(
+    opened: _Genai, prompt: list[int], max_tokens: int, ends: set[int]
+) -> tuple[list[int], bool]:
+    with _refusals("onnxruntime-genai cannot continue a prompt"):
+        generator = opened.generator(len(prompt) + max_tokens)
+        generator.append_tokens(np.array(prompt, np.int32))
+        tokens: list[int] = []
+        while len(tokens) < max_tokens and not generator.is_done():
+            generator.generate_next_token()
+            token = int(generator.get_next_tokens()[0])
+            if token in ends:
+                return tokens, True
+            tokens.append(token)
+    return tokens, False
+
+
+def _measure(
+    file: str, context: int, prompt_lengths: list[int], generated: int, adapter: str | None
+) -> dict[str, Any]:
+    before = rss()
+    opened = _Genai(file)
+    if adapter is not None:
+        opened.attach(adapter)
+    folder = Path(file).parent
+    memory = onnxruntime_memory.memory(folder, context, Path(adapter) if adapter else None)
+    tokens = np.random.default_rng(0).integers(_vocab_size(folder), size=context, dtype=np.int32)
+    with _refusals("onnxruntime-genai cannot run the model"):
+        _time(opened, tokens[: min(32, context - 2)], 2, context)  # the first run: not timed
+        fitting = [length for length in prompt_lengths if length + 2 <= context]
+        speed = [
+            _time(opened, tokens[:length], min(generated, context - length), context)
+            for length in worker.counted(fitting, len(fitting))
+        ]
+    return {"speed": speed, "memory": memory.to_json(), **gained(before)}
+
+
+def _time(
+    opened: _Genai, prompt: npt.NDArray[np.int32], generated: int, context: int
+) -> dict[str, float]:
+    generator = opened.generator(context, len(prompt) + generated)
+    start = time.perf_counter()
+    generator.append_tokens(prompt)
+    generator.generate_next_token()
+    first = time.perf_counter()
+    for _ in range(generated - 1):
+        generator.generate_next_token()
+    end = time.perf_counter()
+    return {
+        "prompt_tokens": len(prompt),
+        "ttft_s": first - start,
+        "prompt_tps": len(prompt) / (first - start),
+        "generation_tps": (generated - 1) / (end - first),
+        "total_s": end - start,
+    }
+
+
+if __name__ == "__main__":
+    worker.serve(
+        {
+            "logits": _logits,
+            "tokenize": _tokenize,
+            "vocabulary": _vocabulary,
+            "generate": _generate,
+            "measure": _measure,
+        }
+    )
