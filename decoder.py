@@ -91,20 +91,24 @@ def _tables(attention: LayerAttention, head_dim: int, length: int) -> Tables:
         seen = (ahead >= 0) & (ahead < attention.window)
     if attention.rope is None:
         return Tables(None, None, seen)
-    cos, sin = rotations(attention.rope, head_dim, length)
-    return Tables(torch.cat((cos, cos), dim=-1), torch.cat((sin, sin), dim=-1), seen)
+    turned = angles(attention.rope, head_dim, length)
+    turned = torch.cat((turned, turned), dim=-1)
+    scale = rotation_scale(attention.rope)
+    return Tables(turned.cos() * scale, turned.sin() * scale, seen)
 
 
-def rotations(rope: Rope, head_dim: int, length: int) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of the positions below `length`: (length, rotated / 2).
+def angles(rope: Rope, head_dim: int, length: int) -> Tensor:
+    """By how much each pair of a head is turned at the positions below `length`, in radians.
 
-    Angles are float32, as in transformers; their functions are taken in float64 and rounded, so
-    that every CPU gets the same numbers.
+    float32 (length, rotated / 2), the same on every CPU.
     """
     positions = torch.arange(length, dtype=torch.float32)
-    angles = torch.outer(positions, _frequencies(rope, rope.rotated(head_dim))).double()
-    scale = rope.attention_factor * (_yarn_scale(rope) if rope.kind == "yarn" else 1.0)
-    return angles.cos().float() * scale, angles.sin().float() * scale
+    return torch.outer(positions, _frequencies(rope, rope.rotated(head_dim)))
+
+
+def rotation_scale(rope: Rope) -> float:
+    """What cosines and sines are multiplied by."""
+    return rope.attention_factor * (_yarn_scale(rope) if rope.kind == "yarn" else 1.0)
 
 
 def _frequencies(rope: Rope, head_dim: int) -> Tensor:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import resource
+import subprocess
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -45,12 +47,45 @@ def _cpu_seconds() -> float:
     return sum(usage.ru_utime + usage.ru_stime for usage in used)
 
 
-def anonymous() -> int:
-    """RssAnon of this process in bytes. Mapped files are left out: the system may drop them."""
-    for line in Path("/proc/self/status").read_text().splitlines():
+def anonymous(process: int | str = "self") -> int:
+    """RssAnon of a process in bytes. Mapped files are left out: the system may drop them."""
+    for line in Path(f"/proc/{process}/status").read_text().splitlines():
         if line.startswith("RssAnon:"):
             return int(line.split()[1]) * 1024
     raise OSError("this system does not tell anonymous memory apart")
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What a command cost; `peak`: largest RssAnon of its process in bytes."""
+
+    wall: float
+    cpu: float
+    peak: int
+    output: str
+
+
+def watch(command: Sequence[str]) -> Run:
+    """Run a command to its end, its memory looked at every 20 ms.
+
+    Raises:
+        CalledProcessError: it failed.
+    """
+    start, before, peak = time.perf_counter(), _cpu_seconds(), 0
+    with (
+        tempfile.TemporaryFile() as out,
+        subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT) as process,
+    ):
+        while process.poll() is None:
+            with suppress(OSError):  # it ended between two looks
+                peak = max(peak, anonymous(process.pid))
+            time.sleep(_INTERVAL)
+        wall = time.perf_counter() - start
+        out.seek(0)
+        output = out.read().decode(errors="replace")
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, command, output)
+    return Run(wall, _cpu_seconds() - before, peak, output)
 
 
 @contextmanager

@@ -1,13 +1,14 @@
-"""A random Llama of TinyLlama's shape (1.1B weights with 22 layers), written once and kept.
+"""Random Llamas of the shapes of known models, written once and kept.
 
-Gaussian weights of deviation 0.02 in bf16, one shard per layer, and a byte-level tokenizer of
-32,000 pieces: to a quantizer and to a disk it is like any trained model of that size.
+Gaussian weights of deviation 0.02 in bf16, one shard per layer, and a byte-level tokenizer: to a
+quantizer and to a disk each is like any trained model of that size.
 """
 
 from __future__ import annotations
 
 import json
 import zlib
+from collections.abc import Mapping
 from itertools import groupby, islice, product
 from pathlib import Path
 from string import ascii_lowercase
@@ -24,25 +25,40 @@ _DEVIATION = 0.02
 _BOS, _EOS = "<s>", "</s>"
 
 
-def random_llama(layers: int, parent: Path) -> Path:
+# 1.1B weights with 22 layers, and 135M with 30.
+TINY_LLAMA = {
+    "hidden_size": 2048,
+    "intermediate_size": 5632,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "vocab_size": 32000,
+    "tie_word_embeddings": False,
+}
+SMOLLM = {
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "vocab_size": 49152,
+    "tie_word_embeddings": True,
+}
+
+
+def random_llama(layers: int, parent: Path, shape: Mapping[str, Any] = TINY_LLAMA) -> Path:
     """The model's folder in `parent`; written at the first call (2.2 GB with 22 layers)."""
-    folder = parent / f"random-llama-{layers}"
+    suffix = "" if shape is TINY_LLAMA else f"-{shape['hidden_size']}"
+    folder = parent / f"random-llama-{layers}{suffix}"
     if (folder / "config.json").exists():  # written last
         return folder
     folder.mkdir(parents=True, exist_ok=True)
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
-        "hidden_size": 2048,
-        "intermediate_size": 5632,
+        **shape,
         "num_hidden_layers": layers,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 4,
-        "vocab_size": 32000,
         "max_position_embeddings": 2048,
         "rms_norm_eps": 1e-5,
         "rope_theta": 10000.0,
-        "tie_word_embeddings": False,
         "hidden_act": "silu",
         "bos_token_id": 0,
         "eos_token_id": 1,

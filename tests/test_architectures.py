@@ -26,6 +26,7 @@ from slimport.architectures import (
 )
 from slimport.checkpoint import Checkpoint, Float32
 from slimport.errors import BadInput, SlimportError, Unsupported
+from slimport.export import gguf
 from slimport.export.gguf import layout
 from slimport.quantize.plan import make_plan
 
@@ -204,7 +205,7 @@ def test_large_gemmas_scale_by_hidden_over_heads() -> None:
     [("Mistral-7B-v0.1", 4096), ("Phi-3-mini-4k", 2047), ("Phi-4-mini", 4096)],
 )
 def test_what_llama_cpp_has_no_window_or_rope_for_ends_the_context(name: str, context: int) -> None:
-    assert decoder_config(PUBLISHED[name]).context_length == context
+    assert gguf.context_length(decoder_config(PUBLISHED[name])) == context
 
 
 LLAMA3_ROPE = {

@@ -40,6 +40,7 @@ def render(joined: Mapping[str, Any]) -> str:
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
+    predicted = joined["footprint"].get("predicted", {}).get("keys", ())
     source = files(__package__).joinpath("report.html").read_text(encoding="utf-8")
     return environment.from_string(source).render(
         **joined,
@@ -49,6 +50,7 @@ def render(joined: Mapping[str, Any]) -> str:
         kinds=plots.KINDS,
         titles=TITLES,
         memory_parts=MEMORY,
+        everything_predicted="memory.compute" in predicted,
         container_name=CONTAINERS.get(joined["container"], joined["container"]),
         units={metric: UNITS[kind.unit] for metric, kind in METRICS.items()},
         positions={row["name"]: index for index, row in enumerate(joined["layers"])},

@@ -122,7 +122,7 @@ def _judged(judgement: Judgement, codes_equal: bool) -> dict[str, Any]:
         "errors": {
             "quantization": {"kl_mean": judgement.quantization.kl_mean},
             "file": {"codes_equal": codes_equal},
-            "graph": judgement.graph and {"kl_max": judgement.graph.kl_max},
+            **({"graph": {"kl_max": judgement.graph.kl_max}} if judgement.graph else {}),
             "runtime": {"kl_mean": judgement.runtime.kl_mean},
         },
         "tokenizer": judgement.conformance.to_json(),

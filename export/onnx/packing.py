@@ -43,11 +43,13 @@ def parts(tensor: Stored, model: QuantizedCheckpoint) -> Iterator[npt.NDArray[An
 
 def rope_parts(tensor: Stored, config: DecoderConfig) -> Iterator[Float32]:
     """A table of the rope: float32 (context, rotated / 2)."""
-    from ...decoder import rotations  # torch is loaded only to write
+    from ...decoder import angles, rotation_scale  # torch is loaded only to write
 
-    _, index, half_name = tensor.name.split(".")
-    tables = rotations(ropes(config)[int(index)], config.head_dim, tensor.shape[0])
-    yield np.ascontiguousarray(tables[half_name == "sin"].numpy())
+    _, index, which = tensor.name.split(".")
+    rope = ropes(config)[int(index)]
+    turned = angles(rope, config.head_dim, tensor.shape[0]).numpy().astype(np.float64)
+    table = np.sin(turned) if which == "sin" else np.cos(turned)
+    yield table.astype(np.float32) * np.float32(rotation_scale(rope))
 
 
 def pack(codes: Int8, grid: Grid) -> UInt8:

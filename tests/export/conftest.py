@@ -10,9 +10,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.numpy import load_file
+from transformers import AutoModelForCausalLM
 
+from slimport.adapters.adapter import Adapter
+from slimport.adapters.lora import read_adapter
 from slimport.architectures import DecoderConfig, decoder_config
+from slimport.checkpoint import Checkpoint
 from slimport.quantize.grid import Float32, Grid, round_scale
 from slimport.quantize.plan import Plan, make_plan
 from slimport.quantize.store import Record
@@ -64,7 +70,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "olmo2": ("olmo2", {}),
     "granite": ("granite", {}),
     "phi3": ("phi3", {}),
-    "mistral-window": ("mistral", {"sliding_window": 24}),
+    "mistral-window": ("mistral", {"sliding_window": 24}),  # longer texts only outside of GGUF
     "phi3-window": ("phi3", {"sliding_window": 24}),
     "phi3-long": (
         "phi3",
@@ -83,10 +89,38 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+EVERY = [*ATTENTION, "gate_proj", "up_proj", "down_proj"]
+ADAPTERS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "every linear": ("llama", {}, {"target_modules": EVERY, "r": 8, "lora_alpha": 12}),
+    "rslora": ("llama", {}, {"target_modules": ATTENTION, "r": 6, "use_rslora": True}),
+    "patterns": (
+        "llama",
+        {},
+        {
+            "target_modules": EVERY,
+            "r": 4,
+            "lora_alpha": 8,
+            "rank_pattern": {"q_proj": 10, "down_proj": 2},
+            "alpha_pattern": {"q_proj": 5, "v_proj": 16},
+        },
+    ),
+    "qwen3": ("qwen3", {}, {"target_modules": EVERY, "r": 4}),
+    "tables": (
+        "llama",
+        {"tie_word_embeddings": False},
+        {"target_modules": ["embed_tokens", "lm_head", "q_proj"], "r": 4, "lora_alpha": 16},
+    ),
+}
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """A test that takes `variant` runs once for each: (family, config)."""
-    if "variant" in metafunc.fixturenames:
-        metafunc.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
+    """A test that takes `variant` runs once for each (family, config); one that takes `adapted`
+    once for each (family, config, settings of a LoRA).
+    """
+    for name, values in (("variant", VARIANTS), ("adapted", ADAPTERS)):
+        if name in metafunc.fixturenames:
+            metafunc.parametrize(name, values.values(), ids=values)
 
 
 @pytest.fixture
@@ -154,3 +188,32 @@ def model_of(folder: Path, preset: str = "int4", patterns: Mapping[str, str] = {
 def in_memory() -> Callable[..., Model]:
     """in_memory(folder, preset="int4", patterns={}) -> Model."""
     return model_of
+
+
+def train(folder: Path, target: Path, settings: dict[str, Any]) -> Any:
+    """A peft model with random factors of a size that shows, saved to `target`."""
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **settings))
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    model.save_pretrained(target, save_embedding_layers=False)
+    return model.eval()
+
+
+def read_tone_of(folder: Path, target: Path, config: Any) -> Adapter:
+    return read_adapter(target, "tone", Checkpoint.open(folder), config)
+
+
+@pytest.fixture(scope="session")
+def train_adapter() -> Callable[..., Any]:
+    """train_adapter(folder, target, settings) -> peft model."""
+    return train
+
+
+@pytest.fixture(scope="session")
+def read_tone() -> Callable[..., Adapter]:
+    """read_tone(folder, target, config) -> what `train_adapter` saved, under the name "tone"."""
+    return read_tone_of

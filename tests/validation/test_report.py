@@ -80,6 +80,7 @@ def judgement() -> Judgement:
         accuracy={"held_out": divergence(0.02), "out_of_distribution": divergence(0.05)},
         quantization=divergence(0.019),
         runtime=divergence(1e-5),
+        graph=None,
         conformance=Conformance(61, (), (), ()),
         measurements=Measurements(speed, Memory(1, 2, 3, 4), 11, 12),
         golden={},

@@ -55,7 +55,7 @@ def _compute_bytes(settings: dict[str, Any], multiplied: dict[str, Operand], con
     """Activations of one run of prompt tokens: those of the stage that needs most.
 
     A stage has the residual stream twice, what it reads and what it makes; attention has its
-    scores too.
+    scores too. Logits of a run stay until those of the next are there.
     """
     decoder, tokens = settings["model"]["decoder"], min(settings["search"]["chunk_size"], context)
     hidden = decoder["hidden_size"]
@@ -66,6 +66,6 @@ def _compute_bytes(settings: dict[str, Any], multiplied: dict[str, Operand], con
     stages = {
         "attention": rows + heads * decoder["head_size"] + heads * context,
         "feed_forward": 3 * inner,
-        "head": vocabulary,
+        "head": 2 * vocabulary if context > tokens else vocabulary,
     }
     return int(tokens * (2 * hidden + max(stages.values())) * _FLOAT)

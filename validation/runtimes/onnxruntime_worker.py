@@ -48,10 +48,13 @@ class _Session:
                 "install the onnxruntime of constraints.txt alone",
             )
         self.run_options = ort.RunOptions()
-        inputs = self.session.get_inputs()
-        self.caches = {one.name: one.shape for one in inputs if one.name.startswith("past")}
         self.outputs = [value.name for value in self.session.get_outputs()]
-        self.vocab_size = int(self.session.get_outputs()[0].shape[-1])
+        settings = _settings(file.parent)
+        decoder = settings["decoder"]
+        self.empty = np.zeros(
+            (1, decoder["num_key_value_heads"], 0, decoder["head_size"]), np.float32
+        )
+        self.vocab_size = int(settings["vocab_size"])
 
     def attach(self, adapter: str) -> None:
         with _refusals(f"ONNX Runtime does not load the adapter {Path(adapter).name}"):
@@ -61,10 +64,8 @@ class _Session:
 
     def logits(self, window: list[int], step: int) -> Iterator[Float32]:
         """float32 (tokens, vocabulary) of at most `step` tokens at a time."""
-        cache = {
-            name: np.zeros((1, shape[1], 0, shape[3]), np.float32)
-            for name, shape in self.caches.items()
-        }
+        names = [name.replace("present", "past_key_values") for name in self.outputs[1:]]
+        cache = dict.fromkeys(names, self.empty)
         for start in range(0, len(window), step):
             ids = np.array([window[start : start + step]], np.int64)
             mask = np.ones((1, start + ids.size), np.int64)
@@ -74,7 +75,7 @@ class _Session:
                     {"input_ids": ids, "attention_mask": mask, **cache},
                     self.run_options,
                 )
-            cache = dict(zip(self.caches, present, strict=True))
+            cache = dict(zip(names, present, strict=True))
             yield found[0]
 
 
@@ -155,7 +156,7 @@ def _tokenize(file: str, texts: list[str]) -> list[list[int]]:
 def _vocabulary(file: str) -> dict[str, Any]:
     tokenizer = _Genai(file).tokenizer
     return {
-        "size": _vocab_size(Path(file).parent),
+        "size": int(_settings(Path(file).parent)["vocab_size"]),
         "eog": [int(token) for token in tokenizer.eos_token_ids],
         "bos": int(tokenizer.bos_token_id),
         "adds_bos": False,
@@ -163,9 +164,11 @@ def _vocabulary(file: str) -> dict[str, Any]:
     }
 
 
-def _vocab_size(folder: Path) -> int:
-    settings = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))
-    return int(settings["model"]["vocab_size"])
+def _settings(folder: Path) -> dict[str, Any]:
+    """The model in genai_config.json."""
+    content = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))
+    found: dict[str, Any] = content["model"]
+    return found
 
 
 def _generate(
@@ -206,7 +209,9 @@ def _measure(
         opened.attach(adapter)
     folder = Path(file).parent
     memory = onnxruntime_memory.memory(folder, context, Path(adapter) if adapter else None)
-    tokens = np.random.default_rng(0).integers(_vocab_size(folder), size=context, dtype=np.int32)
+    tokens = np.random.default_rng(0).integers(
+        _settings(folder)["vocab_size"], size=context, dtype=np.int32
+    )
     with _refusals("onnxruntime-genai cannot run the model"):
         _time(opened, tokens[: min(32, context - 2)], 2, context)  # the first run: not timed
         fitting = [length for length in prompt_lengths if length + 2 <= context]

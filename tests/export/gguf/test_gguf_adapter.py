@@ -8,12 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM
 
-from slimport.adapters.adapter import Adapter
-from slimport.adapters.lora import read_adapter
-from slimport.checkpoint import Checkpoint
 from slimport.errors import BadInput, Unsupported, ValidationFailed
 from slimport.export import gguf
 from slimport.export.gguf import layout
@@ -25,58 +20,24 @@ from slimport.validation.runtimes import llamacpp
 pytestmark = pytest.mark.filterwarnings("ignore")  # peft warns about tied tables, rightly
 
 BASE = "sha256:" + "ab" * 32
-ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
-EVERY = [*ATTENTION, "gate_proj", "up_proj", "down_proj"]
-ADAPTERS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
-    "every linear": ("llama", {}, {"target_modules": EVERY, "r": 8, "lora_alpha": 12}),
-    "rslora": ("llama", {}, {"target_modules": ATTENTION, "r": 6, "use_rslora": True}),
-    "patterns": (
-        "llama",
-        {},
-        {
-            "target_modules": EVERY,
-            "r": 4,
-            "lora_alpha": 8,
-            "rank_pattern": {"q_proj": 10, "down_proj": 2},
-            "alpha_pattern": {"q_proj": 5, "v_proj": 16},
-        },
-    ),
-    "qwen3": ("qwen3", {}, {"target_modules": EVERY, "r": 4}),
-    "tables": (
-        "llama",
-        {"tie_word_embeddings": False},
-        {"target_modules": ["embed_tokens", "lm_head", "q_proj"], "r": 4, "lora_alpha": 16},
-    ),
-}
+Adapted = tuple[str, dict[str, Any], dict[str, Any]]
 
 
-def trained(folder: Path, target: Path, settings: dict[str, Any]) -> Any:
-    """A peft model with random factors of a size that shows, saved to `target`."""
-    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **settings))
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
-    model.save_pretrained(target, save_embedding_layers=False)
-    return model.eval()
-
-
-def loaded(folder: Path, target: Path, config: Any) -> Adapter:
-    return read_adapter(target, "tone", Checkpoint.open(folder), config)
-
-
-@pytest.mark.parametrize("adapted", ADAPTERS)
 def test_llama_cpp_applies_what_peft_trained(
-    adapted: str, make_model: Any, in_memory: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    adapted: Adapted,
+    make_model: Any,
+    in_memory: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    train_adapter: Any,
+    read_tone: Any,
 ) -> None:
     monkeypatch.setattr(layout, "FLOAT_MATRIX", Type.F32)
-    family, overrides, settings = ADAPTERS[adapted]
+    family, overrides, settings = adapted
     folder = make_model(family, **overrides)
-    oracle = trained(folder, tmp_path / "peft", settings)
+    oracle = train_adapter(folder, tmp_path / "peft", settings)
     model = in_memory(folder, patterns={"*": "float16"})
-    adapter = loaded(folder, tmp_path / "peft", model.decoder)
+    adapter = read_tone(folder, tmp_path / "peft", model.decoder)
     (base,) = gguf.write(model, Tokenizer.open(folder), tmp_path)
     file = gguf.write_adapter(adapter, model.decoder, tmp_path, BASE)
     assert gguf.predict_adapter(adapter, model.decoder) == {"tone.gguf": file.stat().st_size}
@@ -93,11 +54,15 @@ def test_llama_cpp_applies_what_peft_trained(
     assert np.abs(plain - expected).max() > 0.1  # the adapter does something
 
 
-def test_memory_counts_a_separate_adapter(tiny_llama: Path, in_memory: Any, tmp_path: Path) -> None:
-    trained(tiny_llama, tmp_path / "peft", {"target_modules": ["v_proj", "down_proj"], "r": 64})
+def test_memory_counts_a_separate_adapter(
+    tiny_llama: Path, in_memory: Any, tmp_path: Path, train_adapter: Any, read_tone: Any
+) -> None:
+    train_adapter(
+        tiny_llama, tmp_path / "peft", {"target_modules": ["v_proj", "down_proj"], "r": 64}
+    )
     model = in_memory(tiny_llama)
     (base,) = gguf.write(model, Tokenizer.open(tiny_llama), tmp_path)
-    adapter = loaded(tiny_llama, tmp_path / "peft", model.decoder)
+    adapter = read_tone(tiny_llama, tmp_path / "peft", model.decoder)
     file = gguf.write_adapter(adapter, model.decoder, tmp_path, BASE)
     alone = llamacpp.measure(base, 64, [16], generated=2, threads=1).memory
     beside = llamacpp.measure(base, 64, [16], generated=2, threads=1, adapter=file).memory
@@ -108,12 +73,12 @@ def test_memory_counts_a_separate_adapter(tiny_llama: Path, in_memory: Any, tmp_
 
 
 def test_alpha_over_rank_is_one_where_all_ranks_are_equal(
-    tiny_llama: Path, in_memory: Any, tmp_path: Path
+    tiny_llama: Path, in_memory: Any, tmp_path: Path, train_adapter: Any, read_tone: Any
 ) -> None:
     """So a reader that takes alpha / rank as the whole scale is right too."""
-    trained(tiny_llama, tmp_path, {"target_modules": ["k_proj"], "r": 4, "lora_alpha": 12})
+    train_adapter(tiny_llama, tmp_path, {"target_modules": ["k_proj"], "r": 4, "lora_alpha": 12})
     model = in_memory(tiny_llama)
-    adapter = loaded(tiny_llama, tmp_path, model.decoder)
+    adapter = read_tone(tiny_llama, tmp_path, model.decoder)
     file = open_gguf(gguf.write_adapter(adapter, model.decoder, tmp_path, BASE))
     assert file.metadata["adapter.lora.alpha"] == 4
     assert file.metadata["general.type"] == "adapter"
@@ -123,12 +88,12 @@ def test_alpha_over_rank_is_one_where_all_ranks_are_equal(
 
 
 def test_the_factor_of_the_command_line_is_in_the_file(
-    tiny_llama: Path, in_memory: Any, tmp_path: Path
+    tiny_llama: Path, in_memory: Any, tmp_path: Path, train_adapter: Any, read_tone: Any
 ) -> None:
     """llama.cpp, README.md and the judge all apply a separate adapter with scale 1."""
-    trained(tiny_llama, tmp_path, {"target_modules": ["v_proj"], "r": 4, "lora_alpha": 12})
+    train_adapter(tiny_llama, tmp_path, {"target_modules": ["v_proj"], "r": 4, "lora_alpha": 12})
     model = in_memory(tiny_llama)
-    adapter = loaded(tiny_llama, tmp_path, model.decoder)
+    adapter = read_tone(tiny_llama, tmp_path, model.decoder)
     (tmp_path / "half").mkdir()
     files = (
         open_gguf(gguf.write_adapter(adapter, model.decoder, tmp_path, BASE)),
@@ -148,11 +113,17 @@ def test_the_factor_of_the_command_line_is_in_the_file(
     ],
 )
 def test_more_than_an_addition_is_refused(
-    settings: dict[str, Any], why: str, tiny_llama: Path, in_memory: Any, tmp_path: Path
+    settings: dict[str, Any],
+    why: str,
+    tiny_llama: Path,
+    in_memory: Any,
+    tmp_path: Path,
+    train_adapter: Any,
+    read_tone: Any,
 ) -> None:
-    trained(tiny_llama, tmp_path, settings)
+    train_adapter(tiny_llama, tmp_path, settings)
     config = in_memory(tiny_llama).decoder
-    adapter = loaded(tiny_llama, tmp_path, config)
+    adapter = read_tone(tiny_llama, tmp_path, config)
     with pytest.raises(Unsupported, match=why):
         gguf.refuse_adapter(adapter)
     with pytest.raises(Unsupported, match="--adapter-mode merged"):
@@ -161,11 +132,11 @@ def test_more_than_an_addition_is_refused(
 
 
 def test_another_file_than_the_adapter_is_noticed(
-    tiny_llama: Path, in_memory: Any, tmp_path: Path
+    tiny_llama: Path, in_memory: Any, tmp_path: Path, train_adapter: Any, read_tone: Any
 ) -> None:
-    trained(tiny_llama, tmp_path, {"target_modules": ["q_proj", "v_proj"], "r": 4})
+    train_adapter(tiny_llama, tmp_path, {"target_modules": ["q_proj", "v_proj"], "r": 4})
     config = in_memory(tiny_llama).decoder
-    adapter = loaded(tiny_llama, tmp_path, config)
+    adapter = read_tone(tiny_llama, tmp_path, config)
     file = gguf.write_adapter(adapter, config, tmp_path, BASE, 0.5)
     gguf.refuse_foreign_adapter(file, BASE)
     with pytest.raises(BadInput, match="not an adapter of this base"):

@@ -73,7 +73,7 @@ def test_llama_cpp_computes_the_logits_of_transformers(
     family, overrides = variant
     folder = make_model(family, **overrides)
     model = in_memory(folder, patterns=FLOAT)
-    tokens = windows(model.decoder.vocab_size)
+    tokens = windows(model.decoder.vocab_size)[:, : gguf.context_length(model.decoder)]
     llamacpp.logits(export(model, folder, tmp_path), tokens, tmp_path / "o.npy", kv_cache="f32")
     difference = np.abs(np.load(tmp_path / "o.npy") - oracle(folder, tokens, model.tensors))
     if "gemma" not in family:
