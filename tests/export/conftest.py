@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -135,8 +135,8 @@ class Model:
 
     name: str
     decoder: DecoderConfig
-    plan: Plan
-    tensors: Mapping[str, QuantizedTensor | Float32]
+    plan: Plan = field(repr=False)
+    tensors: Mapping[str, QuantizedTensor | Float32] = field(repr=False)
 
     def load(self, name: str) -> QuantizedTensor | Float32:
         return self.tensors[name]
