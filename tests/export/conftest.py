@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -129,14 +129,14 @@ def llama3() -> dict[str, Any]:
     return LLAMA3
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Model:
     """Stands in for a QuantizedCheckpoint."""
 
     name: str
     decoder: DecoderConfig
-    plan: Plan = field(repr=False)
-    tensors: Mapping[str, QuantizedTensor | Float32] = field(repr=False)
+    plan: Plan
+    tensors: Mapping[str, QuantizedTensor | Float32]
 
     def load(self, name: str) -> QuantizedTensor | Float32:
         return self.tensors[name]
