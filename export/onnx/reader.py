@@ -33,6 +33,8 @@ _DTYPES: dict[int, str] = {
 }
 _FLOAT = ("FusedMatMul", "Gather")
 _QUANTIZED = ("MatMulNBits", "GatherBlockQuantized")
+_LOOKUPS = ("Gather", "GatherBlockQuantized")
+_ADD_AND_NORM = "SkipSimplifiedLayerNormalization"
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +114,7 @@ class File:
         node = self.nodes.get(name)
         if node is None:
             return None
-        at = 0 if node.op_type.startswith("Gather") else 1
+        at = 0 if node.op_type in _LOOKUPS else 1
         if node.op_type in _FLOAT:
             return Operand(self.tensor(node.input[at]))
         if node.op_type not in _QUANTIZED:
@@ -136,10 +138,11 @@ class File:
         try:
             dtype = np.dtype(_DTYPES[tensor.data_type])
             start, length = int(place["offset"]), int(place["length"])
+            location = place["location"]
         except (KeyError, ValueError) as error:
             raise _broken(f"{tensor.name}: {type(error).__name__} {error}") from error
-        if place["location"] != DATA or min(shape, default=0) < 1:
-            raise _broken(f"{tensor.name} of shape {shape} lies in {place['location']!r}")
+        if location != DATA or min(shape, default=0) < 1:  # none without dimensions either
+            raise _broken(f"{tensor.name} of shape {shape} lies in {location!r}")
         if length != math.prod(shape) * dtype.itemsize or not 0 <= start <= start + length <= len(
             self._data
         ):
@@ -218,7 +221,7 @@ def _vector(file: File, weight: Weight, config: DecoderConfig) -> Float32:
     module = weight.name.rpartition(".")[0]
     if weight.is_norm:
         node = file.node(module)
-        name = node.input[2 if node.op_type.startswith("Skip") else 1]
+        name = node.input[2 if node.op_type == _ADD_AND_NORM else 1]
         if config.family.norm_offset:  # onnxruntime adds it when it loads the model
             raised = file.maker(name)
             if raised is None or raised.op_type != "Add":

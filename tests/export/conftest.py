@@ -129,7 +129,7 @@ def llama3() -> dict[str, Any]:
     return LLAMA3
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True)
 class Model:
     """Stands in for a QuantizedCheckpoint."""
 

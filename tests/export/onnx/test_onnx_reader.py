@@ -163,7 +163,7 @@ def test_a_missing_or_cut_data_file_is_refused(written: tuple[Any, Path], tmp_pa
 Damage = list[tuple[float, int]]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     damage=st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), min_size=1)
 )
