@@ -1,4 +1,7 @@
-"""What a code means: value = code * scale, a scale per group of inputs or per output row."""
+"""What a code means: value = level * scale, a scale per group of inputs or per output row.
+
+The level of a code is the code itself, but for grids with a codebook.
+"""
 
 from __future__ import annotations
 
@@ -28,6 +31,8 @@ class Grid:
         low, high: the smallest and the largest code.
         group: inputs that share one scale; None for one scale per output row.
         signed_scale: whether a scale may be negative.
+        levels: what the codes from `low` on stand for; None: for themselves. A scale is then the
+            largest magnitude of its group, as it is in float32.
     """
 
     name: str
@@ -36,6 +41,12 @@ class Grid:
     high: int
     group: int | None
     signed_scale: bool = False
+    levels: tuple[float, ...] | None = None
+
+    @property
+    def scale_dtype(self) -> str:
+        """In which a scale is exact, as numpy writes it."""
+        return "<f2" if self.levels is None else "<f4"
 
     def fits(self, columns: int) -> bool:
         """Whether rows of `columns` inputs divide into whole groups."""
@@ -46,13 +57,14 @@ class Grid:
         return 1 if self.group is None else columns // self.group
 
     def bits_per_weight(self, columns: int) -> float:
-        """Bits of codes and fp16 scales for each weight in a row of `columns` inputs."""
-        return self.bits + 16 * self.groups(columns) / columns
+        """Bits of codes and scales for each weight in a row of `columns` inputs."""
+        return self.bits + 8 * np.dtype(self.scale_dtype).itemsize * self.groups(columns) / columns
 
     def bytes_of(self, shape: tuple[int, int]) -> int:
-        """Bytes of packed codes and fp16 scales for a matrix of `shape`."""
+        """Bytes of packed codes and scales for a matrix of `shape`."""
         rows, columns = shape
-        return rows * (-(-columns * self.bits // 8) + 2 * self.groups(columns))
+        scales = np.dtype(self.scale_dtype).itemsize * self.groups(columns)
+        return rows * (-(-columns * self.bits // 8) + scales)
 
 
 INT4_G32 = Grid("int4-g32", bits=4, low=-8, high=7, group=32)
@@ -61,8 +73,23 @@ INT8_ROW = Grid("int8-row", bits=8, low=-127, high=127, group=None)
 INT8_G32 = Grid("int8-g32", bits=8, low=-127, high=127, group=32)
 INT2_G64 = Grid("int2-g64", bits=2, low=-1, high=2, group=64)
 INT2_G256 = Grid("int2-g256", bits=2, low=-1, high=2, group=256)
+# QLoRA's NormalFloat (Dettmers et al. 2023, arXiv:2305.14314), the numbers of bitsandbytes.
+NF4_G64 = Grid(
+    "nf4-g64",
+    bits=4,
+    low=-8,
+    high=7,
+    group=64,
+    levels=(
+        *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
+        *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
+        *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
+        *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+    ),
+)
 GRIDS = {
-    grid.name: grid for grid in (INT4_G32, INT4_G32_SIGNED, INT8_ROW, INT8_G32, INT2_G64, INT2_G256)
+    grid.name: grid
+    for grid in (INT4_G32, INT4_G32_SIGNED, INT8_ROW, INT8_G32, INT2_G64, INT2_G256, NF4_G64)
 }
 
 

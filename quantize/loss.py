@@ -53,6 +53,8 @@ def measure(values: Float32, tensor: Quantized) -> Loss:
     if isinstance(tensor, BlockTensor):
         error = _squared(values - tensor.dequantize())
         return Loss(error, _squared(values), _added_to_odd_rows(values, tensor.grid))
+    if tensor.grid.levels is not None:
+        return Loss(_squared(values - tensor.dequantize()), _squared(values), 0.0)
     scale = tensor.scale.reshape(-1)
     table = values.reshape(scale.size, -1)
     error, norm = _squares(table, tensor.codes.reshape(table.shape), scale)

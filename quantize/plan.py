@@ -15,7 +15,7 @@ from ..errors import BadInput, UsageError
 from .blocks import ANY_GRIDS, BLOCK_GRIDS, AnyGrid, BlockGrid
 from .codes import CODES
 from .ggml import NEEDS_IMPORTANCE, Type
-from .grid import GRIDS, INT2_G64, INT4_G32, INT4_G32_SIGNED, INT8_ROW, Grid
+from .grid import GRIDS, INT2_G64, INT4_G32, INT4_G32_SIGNED, INT8_ROW, NF4_G64, Grid
 from .mixes import MIXES, held_type, wanted_type
 
 FLOAT = "float16"  # as a pattern's value: the weight stays float
@@ -44,6 +44,7 @@ PRESETS = {
     "int4-signed": Preset(INT4_G32_SIGNED, INT8_ROW),
     "int8": Preset(INT8_ROW, INT8_ROW),
     "int2": Preset(INT2_G64, INT8_ROW),
+    "nf4": Preset(NF4_G64, INT8_ROW),
     "mixed": Preset(INT4_G32, INT8_ROW, promoted=INT8_ROW),
 }
 
@@ -150,7 +151,7 @@ def make_plan(
         preset: a key of PRESETS, or one of llama.cpp's mixes.
         method: one of METHODS. Tables use rtn in place of gptq: a table is looked up too, and
             calibrating it as a head makes its lookups worse. Linears of a ggml type whose codes
-            gptq cannot choose use imatrix in its place.
+            gptq cannot choose use imatrix in its place; grids with a codebook use rtn-absmax.
         patterns: shell-style pattern on the weight name -> grid name or "float16"; where several
             match, the last one decides.
 
@@ -249,6 +250,8 @@ def _method(weight: Weight, grid: AnyGrid, method: str) -> str:
                 "an importance matrix is for ggml's kernels, and they write ggml's types only",
                 "give a ggml type such as --preset Q4_K_M, or choose --method gptq",
             )
+        if grid.levels is not None:  # its scales are what they are
+            return "rtn-absmax"
         return "rtn" if weight.is_table and method in ("gptq", "imatrix") else method
     if method == "rtn-absmax":
         raise UsageError(

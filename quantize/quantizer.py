@@ -26,10 +26,10 @@ from ..errors import Unsupported, UsageError
 from . import blocks as ggml_blocks
 from . import loss, store
 from .blocks import BlockGrid, BlockTensor, Quantized
-from .grid import SCALE_CEILING, Float32, Int8
+from .grid import SCALE_CEILING, Float32, Grid, Int8
 from .imatrix import Imatrix
 from .loss import NOTHING, Loss
-from .methods import kquants, rtn
+from .methods import codebook, kquants, rtn
 from .packing import UInt8, pack
 from .plan import FLOAT, Choice, Plan
 from .store import Origin, QuantizedCheckpoint, Record
@@ -211,8 +211,11 @@ def _by_layers(
                     yield from _by_rows(weights, (choice,), pool, {})
                     continue
                 values = weights.rows(name)
+                tensor: Quantized
                 if choice.method == "gptq":
                     tensor = gptq.solve(values, grid, *statistics[name])
+                elif not isinstance(grid, BlockGrid):
+                    tensor = _rounded(values, choice, None)
                 else:
                     diagonal = np.ascontiguousarray(statistics[name].hessian.diagonal())
                     tensor = _in_parts(values, choice, diagonal, pool)
@@ -262,6 +265,8 @@ def _rounded(values: Float32, choice: Choice, importance: Float32 | None) -> Qua
     """By a method that knows nothing of other rows."""
     assert choice.grid is not None
     if not isinstance(choice.grid, BlockGrid):
+        if choice.grid.levels is not None:
+            return codebook.solve(values, choice.grid)
         return rtn.solve(values, choice.grid, search=choice.method != "rtn-absmax")
     if choice.method == "imatrix":
         return ggml_blocks.solve(values, choice.grid, importance)
@@ -306,7 +311,7 @@ def _write(
 def _write_weight(choice: Choice, blocks: Iterable[_Block], append: store.Append) -> Record:
     weight, grid = choice.weight, choice.grid
     digest = start_digest(weight.name, grid.name if grid else "float32", weight.shape)
-    scales = []
+    scales: list[Float32] = []
     lost = NOTHING
     for block in blocks:
         append(block.stored.data)
@@ -316,9 +321,9 @@ def _write_weight(choice: Choice, blocks: Iterable[_Block], append: store.Append
             scales.append(block.scale)
     if grid is None:
         return Record(digest.hexdigest())
-    if scales:
+    if isinstance(grid, Grid):
         scale = np.concatenate(scales)
-        append(scale.astype("<f2").data)
+        append(scale.astype(grid.scale_dtype).data)
         digest.update(scale.astype("<f4").data)
     record = Record(digest.hexdigest(), lost.relative, lost.relative - lost.without_limits)
     return _checked(weight.name, record)

@@ -1,9 +1,9 @@
 """The quantized checkpoint on disk: safetensors shards and quantization.json.
 
 A shard per decoder layer, `model-00001-of-00024.safetensors`; in it `<weight>.codes` (packing.py)
-and `<weight>.scale` (float16, exact: a scale has 8 significant bits), or `<weight>.blocks` of a
-ggml type, and float weights as float32 under their own names. Config, tokenizer and licence files
-lie beside them.
+and `<weight>.scale` (float16, exact: a scale has 8 significant bits; float32 where the grid has
+levels), or `<weight>.blocks` of a ggml type, and float weights as float32 under their own names.
+Config, tokenizer and licence files lie beside them.
 """
 
 from __future__ import annotations
@@ -324,6 +324,7 @@ def write_metadata(
 
 
 _ITEM_BYTES = {"U8": 1, "F16": 2, "F32": 4}
+_SCALES = {"<f2": "F16", "<f4": "F32"}
 
 
 def _tensors(choice: Choice) -> dict[str, tuple[str, list[int]]]:
@@ -336,7 +337,7 @@ def _tensors(choice: Choice) -> dict[str, tuple[str, list[int]]]:
         return {f"{weight.name}.blocks": ("U8", [rows, grid.bytes_of((1, columns))])}
     return {
         f"{weight.name}.codes": ("U8", [rows, row_bytes(columns, grid.bits)]),
-        f"{weight.name}.scale": ("F16", [rows, grid.groups(columns)]),
+        f"{weight.name}.scale": (_SCALES[grid.scale_dtype], [rows, grid.groups(columns)]),
     }
 
 

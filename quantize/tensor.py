@@ -19,7 +19,8 @@ class QuantizedTensor:
     Attributes:
         grid: what the codes mean.
         codes: int8 (rows, columns), each within grid.low..grid.high, in source row order.
-        scale: float32 (rows, groups), 8 significant bits each; an all-zero group has scale 1.
+        scale: float32 (rows, groups), 8 significant bits each unless the grid has levels; an
+            all-zero group has scale 1.
 
     Raises:
         BadInput: a shape or dtype disagrees with the grid.
@@ -49,7 +50,11 @@ class QuantizedTensor:
         """The represented weights, float32 (rows, columns); exact: one product per weight."""
         rows, columns = self.codes.shape
         groups = self.scale.shape[1]
-        grouped = self.codes.reshape(rows, groups, columns // groups).astype(np.float32)
+        codes = self.codes.reshape(rows, groups, columns // groups)
+        if self.grid.levels is None:
+            grouped = codes.astype(np.float32)
+        else:
+            grouped = np.array(self.grid.levels, np.float32)[codes - np.int8(self.grid.low)]
         grouped *= self.scale[:, :, None]
         return grouped.reshape(rows, columns)
 

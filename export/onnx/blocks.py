@@ -15,6 +15,7 @@ from .layout import Layout, Matrix, block_of, has_zero_points
 
 # 4: onnxruntime multiplies int8 activations, as fast as a phone can; 1: float32, exact.
 SHIPPED_LEVEL = 4
+_NF4 = 1
 
 
 def linear(graph: Graph, x: ir.Value, matrix: Matrix, layout: Layout) -> ir.Value:
@@ -24,6 +25,19 @@ def linear(graph: Graph, x: ir.Value, matrix: Matrix, layout: Layout) -> ir.Valu
         weight = _widened(graph, f"{matrix.name}.weight", layout)
         (y,) = graph.op(
             "FusedMatMul", x, weight, name=matrix.name, domain=CONTRIB, transA=0, transB=1
+        )
+    elif matrix.grid.levels is not None:
+        (y,) = graph.op(
+            "MatMulBnb4",
+            x,
+            graph.stored(layout.by_name[f"{matrix.name}.codes"]),
+            graph.stored(layout.by_name[f"{matrix.name}.scale"]),
+            name=matrix.name,
+            domain=CONTRIB,
+            K=columns,
+            N=rows,
+            block_size=matrix.grid.group,
+            quant_type=_NF4,
         )
     else:
         (y,) = graph.op(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
@@ -70,7 +71,7 @@ def _agree_with_onnxruntime(name: str, operand: Operand, found: QuantizedTensor)
 def multiplied(
     operand: Operand, rows: np.ndarray[tuple[int], np.dtype[np.int64]], columns: int
 ) -> Float32:
-    """The values of some rows as MatMulNBits computes with them: float32 (rows, columns).
+    """The values of some rows as the operator computes with them: float32 (rows, columns).
 
     It is given the unit vectors, at the accuracy level that multiplies in float32.
     """
@@ -82,16 +83,19 @@ def multiplied(
     }
     if operand.zero_point is not None:
         tensors["zero_point"] = operand.zero_point[rows]
+    settings: dict[str, Any] = {"bits": operand.bits, "accuracy_level": _EXACT}
+    if operand.codebook:
+        tensors = {name: tensor.reshape(-1) for name, tensor in tensors.items()}
+        settings = {"quant_type": 1}
     node = helper.make_node(
-        "MatMulNBits",
+        "MatMulBnb4" if operand.codebook else "MatMulNBits",
         ["units", *tensors],
         ["values"],
         domain="com.microsoft",
         K=columns,
         N=len(rows),
-        bits=operand.bits,
         block_size=operand.block,
-        accuracy_level=_EXACT,
+        **settings,
     )
     graph = helper.make_graph(
         [node],

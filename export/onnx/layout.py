@@ -5,7 +5,8 @@ Everything follows from shapes, so that the size of the files is known before an
 MatMulNBits (onnxruntime's ContribOperators.md) takes, for a matrix of N rows and K columns in
 blocks that share a scale: codes uint8 (N, blocks, bytes of a block), unsigned, low bits first;
 scales (N, blocks); zero points uint8 (N, bytes), packed likewise, 2 ** (bits - 1) where there are
-none.
+none. MatMulBnb4 takes NF4 as bitsandbytes writes it: two codes to a byte, the first in the high
+bits, and a float32 scale for each group, both without regard to rows.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from ..container import Deployment
 
 ALIGNMENT = 64
 FLOAT_MATRIX, FLOAT_VECTOR, SCALE = "<f2", "<f4", "<f2"
-GRIDS = ("int4-g32", "int4-g32-signed", "int8-row", "int8-g32", "int2-g64", "int2-g256")
+GRIDS = ("int4-g32", "int4-g32-signed", "int8-row", "int8-g32", "int2-g64", "int2-g256", "nf4-g64")
 _QKV = (Kind.Q, Kind.K, Kind.V)
 _BLOCKS = (16, 32, 64, 128, 256)
 
@@ -208,6 +209,10 @@ def _tensors(matrix: Matrix) -> Iterator[Stored]:
         yield Stored(
             f"{matrix.name}.weight", FLOAT_MATRIX, (rows, columns), matrix.choices, "values"
         )
+    elif grid.levels is not None:
+        scales = rows * grid.groups(columns)
+        yield Stored(f"{matrix.name}.codes", "|u1", (rows * columns // 2,), matrix.choices, "codes")
+        yield Stored(f"{matrix.name}.scale", FLOAT_VECTOR, (scales,), matrix.choices, "scale")
     else:
         block, blocks = block_of(grid, columns), blocks_of(grid, columns)
         codes = (rows, blocks, block * grid.bits // 8)
@@ -225,11 +230,16 @@ def _rows(choices: Iterable[Choice]) -> int:
 
 
 def _refuse(choice: Choice) -> None:
-    if choice.grid is None or choice.grid.name in GRIDS:
+    if choice.grid is None:
+        return
+    held = [
+        name for name in GRIDS if not (choice.weight.kind is Kind.EMBEDDING and name == "nf4-g64")
+    ]
+    if choice.grid.name in held:
         return
     raise Unsupported(
         f"{choice.weight.name}: ONNX cannot hold the grid {choice.grid.name}",
-        f"no operator of ONNX Runtime means the same; it holds {', '.join(GRIDS)} exactly",
+        f"no operator of ONNX Runtime means the same; it holds {', '.join(held)} here exactly",
         f'give it one of these grids, such as "{choice.weight.name}" = "int8-g32", or write GGUF:'
         " --container gguf",
     )

@@ -18,6 +18,7 @@ from .layout import Stored, block_of, blocks_of, ropes, zero_point
 
 UInt8 = npt.NDArray[np.uint8]
 _CHUNK = 1 << 21  # weights packed at a time
+_FLIPS = {4: np.uint8(0x88), 8: np.uint8(0x80)}  # add half of the range to each code, modulo it
 
 
 def parts(tensor: Stored, model: QuantizedCheckpoint) -> Iterator[npt.NDArray[Any]]:
@@ -57,6 +58,9 @@ def pack(codes: Int8, grid: Grid) -> UInt8:
 
     A row 1, -2, 0 ... on int4-g32 starts with the nibbles 9, 6, 8: the bytes 0x69, 0x.8.
     """
+    if grid.levels is not None:
+        low_first = packing.pack(codes, grid.bits) ^ _FLIPS[grid.bits]
+        return (low_first << np.uint8(4)) | (low_first >> np.uint8(4))
     columns = codes.shape[1]
     missing = blocks_of(grid, columns) * block_of(grid, columns) - columns
     if missing:
@@ -64,8 +68,7 @@ def pack(codes: Int8, grid: Grid) -> UInt8:
     if grid.bits == 2:
         raised = (codes + np.int8(zero_point(grid))).view(np.uint8)
         return packing.join_pairs_of_bits(raised.reshape(len(codes), -1, 4))
-    flip = {4: np.uint8(0x88), 8: np.uint8(0x80)}[grid.bits]  # adds half of the range, modulo it
-    return packing.pack(codes, grid.bits) ^ flip
+    return packing.pack(codes, grid.bits) ^ _FLIPS[grid.bits]
 
 
 def _codes(weight: QuantizedTensor) -> Iterator[UInt8]:
@@ -77,6 +80,8 @@ def _codes(weight: QuantizedTensor) -> Iterator[UInt8]:
 
 def _scales(weight: QuantizedTensor) -> npt.NDArray[Any]:
     rows, columns = weight.shape
+    if weight.grid.levels is not None:
+        return np.ascontiguousarray(weight.scale, "<f4")
     shape = (rows, blocks_of(weight.grid, columns))
     return np.ascontiguousarray(np.broadcast_to(exact_half(weight.scale), shape))
 

@@ -32,7 +32,8 @@ _DTYPES: dict[int, str] = {
     onnx.TensorProto.UINT8: "|u1",
 }
 _FLOAT = ("FusedMatMul", "Gather")
-_QUANTIZED = ("MatMulNBits", "GatherBlockQuantized")
+_CODEBOOK = "MatMulBnb4"
+_QUANTIZED = ("MatMulNBits", "GatherBlockQuantized", _CODEBOOK)
 _LOOKUPS = ("Gather", "GatherBlockQuantized")
 _ADD_AND_NORM = "SkipSimplifiedLayerNormalization"
 
@@ -46,6 +47,7 @@ class Operand:
         scale: (rows, blocks); None for a float matrix.
         zero_point: uint8 (rows, bytes); None where the operator takes 2 ** (bits - 1).
         bits, block: as the operator states them; 0 for a float matrix.
+        codebook: whether codes are NF4's, the first of a byte in its high bits.
     """
 
     codes: npt.NDArray[Any]
@@ -53,6 +55,7 @@ class Operand:
     zero_point: UInt8 | None = None
     bits: int = 0
     block: int = 0
+    codebook: bool = False
 
     def rows(self, start: int, stop: int) -> Operand:
         """Some of its rows."""
@@ -63,6 +66,7 @@ class Operand:
             None if self.zero_point is None else self.zero_point[part],
             self.bits,
             self.block,
+            self.codebook,
         )
 
 
@@ -124,6 +128,19 @@ class File:
             raise _broken(f"{name} has g_idx")
         settings = {entry.name: entry.i for entry in node.attribute}
         codes, scale = self.tensor(inputs[at]), self.tensor(inputs[2])
+        if node.op_type == _CODEBOOK:
+            rows = settings.get("N", 0)
+            if (
+                settings.get("quant_type") != 1
+                or rows < 1
+                or codes.size % rows
+                or scale.size % rows
+            ):
+                raise _broken(f"{name} is not NF4")
+            block = settings.get("block_size", 0)
+            return Operand(
+                codes.reshape(rows, -1), scale.reshape(rows, -1), None, 4, block, codebook=True
+            )
         return Operand(
             codes.reshape(len(codes), -1),
             scale,
@@ -250,9 +267,12 @@ def _dequantizable(operand: Operand, weight: Weight, grid: Grid) -> QuantizedTen
         or scale.shape != (rows, blocks)
         or operand.codes.shape != (rows, blocks * operand.block * bits // 8)
         or (grid.group is not None and operand.block != grid.group)
+        or operand.codebook != (grid.levels is not None)
     ):
         raise _broken(f"{weight.name} is not on the grid {grid.name}")
     stored = _numbers(operand.codes, bits)
+    if operand.codebook:
+        stored = stored.reshape(rows, -1, 2)[:, :, ::-1].reshape(rows, -1)
     if operand.zero_point is None:
         stored -= np.uint8(1 << (bits - 1))  # wraps round, as the difference of two uint8 does
     else:

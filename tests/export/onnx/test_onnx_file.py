@@ -90,6 +90,7 @@ def test_onnxruntime_computes_the_logits_of_transformers(
         {"*": "int8-g32"},
         {"*": "int2-g64"},
         {"*": "int2-g256"},
+        {"*.layers.*": "nf4-g64"},
         {"*v_proj*": "int8-row"},
         {"*": "float16", "*down*": "int2-g64"},
     ],
@@ -121,7 +122,9 @@ def test_exact_products_are_those_of_the_codes(
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("preset", ["int4", "int4-all", "int4-signed", "int8", "mixed", "int2"])
+@pytest.mark.parametrize(
+    "preset", ["int4", "int4-all", "int4-signed", "int8", "mixed", "int2", "nf4"]
+)
 def test_every_code_comes_back(
     family: str, preset: str, make_model: Any, in_memory: Any, tmp_path: Path
 ) -> None:
