@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .architectures import DecoderConfig, Kind, LayerAttention, Rope, weights
+from .architectures import DecoderConfig, Kind, LayerAttention, weights
+from .architectures.rotation import angles, rotation_scale
 from .checkpoint import Weights
 
 
@@ -91,63 +92,10 @@ def _tables(attention: LayerAttention, head_dim: int, length: int) -> Tables:
         seen = (ahead >= 0) & (ahead < attention.window)
     if attention.rope is None:
         return Tables(None, None, seen)
-    turned = angles(attention.rope, head_dim, length)
+    turned = torch.from_numpy(angles(attention.rope, head_dim, length))
     turned = torch.cat((turned, turned), dim=-1)
     scale = rotation_scale(attention.rope)
     return Tables(turned.cos() * scale, turned.sin() * scale, seen)
-
-
-def angles(rope: Rope, head_dim: int, length: int) -> Tensor:
-    """By how much each pair of a head is turned at the positions below `length`, in radians.
-
-    float32 (length, rotated / 2), the same on every CPU.
-    """
-    positions = torch.arange(length, dtype=torch.float32)
-    return torch.outer(positions, _frequencies(rope, rope.rotated(head_dim)))
-
-
-def rotation_scale(rope: Rope) -> float:
-    """What cosines and sines are multiplied by."""
-    return rope.attention_factor * (_yarn_scale(rope) if rope.kind == "yarn" else 1.0)
-
-
-def _frequencies(rope: Rope, head_dim: int) -> Tensor:
-    """Radians per position, (head_dim / 2,); the scalings of `modeling_rope_utils.py`."""
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
-    plain = 1.0 / (rope.theta ** exponents.double()).float()
-    if rope.kind == "default":
-        return plain
-    if rope.kind == "linear":
-        return plain / rope.factor
-    if rope.kind == "longrope":
-        return plain / torch.tensor(rope.short_factors)
-    # Long wavelengths are stretched, short ones kept, those between blended.
-    if rope.kind == "llama3":
-        turns = rope.original_context * plain / (2 * math.pi)
-        kept = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
-    else:
-        first, last = (
-            _yarn_pair(rope, head_dim, turns) for turns in (rope.beta_fast, rope.beta_slow)
-        )
-        first, last = max(math.floor(first), 0), min(math.ceil(last), head_dim - 1)
-        pairs = torch.arange(head_dim // 2, dtype=torch.float32)
-        kept = 1 - (pairs - first) / max(last - first, 0.001)
-    kept = kept.clamp(0.0, 1.0)
-    return (1 - kept) * plain / rope.factor + kept * plain
-
-
-def _yarn_pair(rope: Rope, head_dim: int, turns: float) -> float:
-    """The pair that turns so often within the original context."""
-    return (
-        head_dim
-        * math.log(rope.original_context / (turns * 2 * math.pi))
-        / (2 * math.log(rope.theta))
-    )
-
-
-def _yarn_scale(rope: Rope) -> float:
-    """Peng et al. 2023 (arXiv:2309.00071): what cosines and sines are multiplied by."""
-    return 0.1 * math.log(rope.factor) + 1.0 if rope.factor > 1 else 1.0
 
 
 def decoder_layer(

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ...architectures import DecoderConfig
+from ...architectures.rotation import angles, rotation_scale
 from ...quantize import packing
 from ...quantize.grid import Float32, Grid, Int8
 from ...quantize.store import QuantizedCheckpoint
@@ -44,11 +45,9 @@ def parts(tensor: Stored, model: QuantizedCheckpoint) -> Iterator[npt.NDArray[An
 
 def rope_parts(tensor: Stored, config: DecoderConfig) -> Iterator[Float32]:
     """A table of the rope: float32 (context, rotated / 2)."""
-    from ...decoder import angles, rotation_scale  # torch is loaded only to write
-
     _, index, which = tensor.name.split(".")
     rope = ropes(config)[int(index)]
-    turned = angles(rope, config.head_dim, tensor.shape[0]).numpy().astype(np.float64)
+    turned = angles(rope, config.head_dim, tensor.shape[0]).astype(np.float64)
     table = np.sin(turned) if which == "sin" else np.cos(turned)
     yield table.astype(np.float32) * np.float32(rotation_scale(rope))
 

@@ -1,0 +1,63 @@
+"""By how much a rope turns the pairs of a head: the scalings of `modeling_rope_utils.py`.
+
+float32 like transformers, but for powers: those are taken in float64, so that every CPU gets the
+same numbers.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import numpy.typing as npt
+
+from .rope import Rope
+
+Float32 = npt.NDArray[np.float32]
+
+
+def angles(rope: Rope, head_dim: int, length: int) -> Float32:
+    """Radians of each pair at the positions below `length`: (length, rotated / 2)."""
+    positions = np.arange(length, dtype=np.float32)
+    return np.outer(positions, frequencies(rope, rope.rotated(head_dim)))
+
+
+def rotation_scale(rope: Rope) -> float:
+    """What cosines and sines are multiplied by; yarn's by Peng et al. 2023 (arXiv:2309.00071)."""
+    yarn = rope.kind == "yarn" and rope.factor > 1
+    return rope.attention_factor * (0.1 * math.log(rope.factor) + 1.0 if yarn else 1.0)
+
+
+def frequencies(rope: Rope, rotated: int) -> Float32:
+    """Radians per position of each pair: (rotated / 2,)."""
+    exponents = np.arange(0, rotated, 2, dtype=np.float32) / np.float32(rotated)
+    plain = np.float32(1) / (rope.theta ** exponents.astype(np.float64)).astype(np.float32)
+    if rope.kind == "default":
+        return plain
+    if rope.kind == "linear":
+        return plain / np.float32(rope.factor)
+    if rope.kind == "longrope":
+        return plain / np.array(rope.short_factors, np.float32)
+    # Long wavelengths are stretched, short ones kept, those between blended.
+    if rope.kind == "llama3":
+        turns = np.float32(rope.original_context) * plain / np.float32(2 * math.pi)
+        span = rope.high_freq_factor - rope.low_freq_factor
+        kept = (turns - np.float32(rope.low_freq_factor)) / np.float32(span)
+    else:
+        first, last = (
+            _yarn_pair(rope, rotated, turns) for turns in (rope.beta_fast, rope.beta_slow)
+        )
+        start, end = max(math.floor(first), 0), min(math.ceil(last), rotated - 1)
+        pairs = np.arange(rotated // 2, dtype=np.float32)
+        kept = np.float32(1) - (pairs - np.float32(start)) / np.float32(max(end - start, 0.001))
+    kept = np.clip(kept, 0, 1)
+    return (np.float32(1) - kept) * plain / np.float32(rope.factor) + kept * plain
+
+
+def _yarn_pair(rope: Rope, rotated: int, turns: float) -> float:
+    """The pair that turns so often within the original context."""
+    return (
+        rotated
+        * math.log(rope.original_context / (turns * 2 * math.pi))
+        / (2 * math.log(rope.theta))
+    )
