@@ -19,7 +19,7 @@ Float32 = npt.NDArray[np.float32]
 def angles(rope: Rope, head_dim: int, length: int) -> Float32:
     """Radians of each pair at the positions below `length`: (length, rotated / 2)."""
     positions = np.arange(length, dtype=np.float32)
-    return np.outer(positions, frequencies(rope, rope.rotated(head_dim)))
+    return positions[:, None] * frequencies(rope, rope.rotated(head_dim))
 
 
 def rotation_scale(rope: Rope) -> float:
@@ -31,7 +31,8 @@ def rotation_scale(rope: Rope) -> float:
 def frequencies(rope: Rope, rotated: int) -> Float32:
     """Radians per position of each pair: (rotated / 2,)."""
     exponents = np.arange(0, rotated, 2, dtype=np.float32) / np.float32(rotated)
-    plain = np.float32(1) / (rope.theta ** exponents.astype(np.float64)).astype(np.float32)
+    powers = np.power(rope.theta, exponents.astype(np.float64)).astype(np.float32)
+    plain: Float32 = np.float32(1) / powers
     if rope.kind == "default":
         return plain
     if rope.kind == "linear":
@@ -44,14 +45,14 @@ def frequencies(rope: Rope, rotated: int) -> Float32:
         span = rope.high_freq_factor - rope.low_freq_factor
         kept = (turns - np.float32(rope.low_freq_factor)) / np.float32(span)
     else:
-        first, last = (
-            _yarn_pair(rope, rotated, turns) for turns in (rope.beta_fast, rope.beta_slow)
-        )
-        start, end = max(math.floor(first), 0), min(math.ceil(last), rotated - 1)
+        first = math.floor(_yarn_pair(rope, rotated, rope.beta_fast))
+        last = math.ceil(_yarn_pair(rope, rotated, rope.beta_slow))
+        start, end = max(first, 0), min(last, rotated - 1)
         pairs = np.arange(rotated // 2, dtype=np.float32)
         kept = np.float32(1) - (pairs - np.float32(start)) / np.float32(max(end - start, 0.001))
     kept = np.clip(kept, 0, 1)
-    return (np.float32(1) - kept) * plain / np.float32(rope.factor) + kept * plain
+    blended: Float32 = (np.float32(1) - kept) * plain / np.float32(rope.factor) + kept * plain
+    return blended
 
 
 def _yarn_pair(rope: Rope, rotated: int, turns: float) -> float:
