@@ -15,9 +15,9 @@ from . import bundle
 from .architectures import decoder_config
 from .errors import DependencyMissing
 from .export.gguf import reader
-from .quantize import ggml
 from .quantize.plan import Plan, grid_summary
 from .recipe import Recipe
+from .shipping import containers
 from .shipping.source import open_source, plan_of
 
 _LIBRARIES = ("torch", "transformers", "peft", "safetensors", "tokenizers", "numba", "gguf", "rich")
@@ -111,12 +111,14 @@ def doctor() -> list[Check]:
     """What is installed, and which containers work here."""
     checks = [Check("python", sys.version_info >= (3, 11), platform.python_version())]
     checks += [_library(name) for name in _LIBRARIES]
+    return checks + [_container(name) for name in containers.NAMES]
+
+
+def _container(name: str) -> Check:
     try:
-        ggml.library()
-        checks.append(Check("container gguf", True, ggml.version()))
+        return Check(f"container {name}", True, containers.load(name).runtime.version())
     except DependencyMissing as error:
-        checks.append(Check("container gguf", False, error.why, error.cure))
-    return checks
+        return Check(f"container {name}", False, error.why, error.cure)
 
 
 def _library(name: str) -> Check:

@@ -38,7 +38,8 @@ def frequencies(rope: Rope, rotated: int) -> Float32:
     if rope.kind == "linear":
         return plain / np.float32(rope.factor)
     if rope.kind == "longrope":
-        return plain / np.array(rope.short_factors, np.float32)
+        factors: Float32 = np.array(rope.short_factors, np.float32)
+        return plain / factors
     # Long wavelengths are stretched, short ones kept, those between blended.
     if rope.kind == "llama3":
         turns = np.float32(rope.original_context) * plain / np.float32(2 * math.pi)

@@ -23,7 +23,7 @@ def test_shipped_profiles(name: str) -> None:
 
 def test_a_device_extends_its_platform() -> None:
     phone, platform = load_target("galaxy-s24"), load_target("android")
-    assert phone.containers == platform.containers == ("gguf",)
+    assert phone.containers == platform.containers == ("gguf", "onnx")
     assert phone.isa == ("arm64", "dotprod", "i8mm")
     assert phone.budgets["memory_bytes"].limit > platform.budgets["memory_bytes"].limit
     assert phone.budgets["download_bytes"] == platform.budgets["download_bytes"]
