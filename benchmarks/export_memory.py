@@ -23,11 +23,16 @@ def main() -> None:
     parser.add_argument("--layers", type=int, nargs="+", default=[22, 44])
     parser.add_argument("--method", default="rtn")
     parser.add_argument("--preset", default="int4")
+    parser.add_argument("--container", default="gguf")
     parser.add_argument("--folder", type=Path, default=cache_folder(), help="for large files")
     parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
-        quantize = {"method": options.method, "preset": options.preset}
+        quantize = {
+            "method": options.method,
+            "preset": options.preset,
+            "container": options.container,
+        }
         print(json.dumps(measure(options.layers[0], quantize, options.folder)))
         return
     print("RssAnon in MB      peak above: imports   interpreter   |  peak   after imports")

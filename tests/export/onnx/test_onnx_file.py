@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from slimport.errors import Unsupported, ValidationFailed
 from slimport.export import onnx as container
 from slimport.export.container import Deployment
 from slimport.export.onnx import layout
-from slimport.export.onnx.reader import MODEL, File
+from slimport.export.onnx.reader import DATA, MODEL, File
 from slimport.quantize.grid import INT8_ROW
 from slimport.quantize.plan import make_plan
 from slimport.quantize.tensor import QuantizedTensor, weights_digest
@@ -231,3 +232,25 @@ def test_a_text_longer_than_the_files_are_made_for_is_refused(
     file = export(in_memory(tiny_llama), tiny_llama, tmp_path, context=32)
     with pytest.raises(ValidationFailed, match="cannot run"):
         onnxruntime.logits(file, windows(416), tmp_path / "o.npy")
+
+
+@pytest.mark.slow
+def test_more_than_two_gigabytes(make_model: Any, in_memory: Any, tmp_path: Path) -> None:
+    """Weights lie outside of the graph's file, which could not hold them."""
+    folder = make_model(
+        "llama", tie_word_embeddings=False, hidden_size=1024, num_attention_heads=64
+    )
+    model = in_memory(folder, patterns=FLOAT)
+    large = dataclasses.replace(model.decoder, vocab_size=600_000)
+    plan = make_plan(large, "int4", "rtn", FLOAT)
+    last = np.zeros((600_000, 1024), np.float32)
+    last[-1] = 1
+    tables = dict.fromkeys(("model.embed_tokens.weight", "lm_head.weight"), last)
+    whole = dataclasses.replace(model, decoder=large, plan=plan, tensors=model.tensors | tables)
+    file = container.write(whole, Tokenizer.open(folder), tmp_path, Deployment(16))[0]
+    assert (tmp_path / DATA).stat().st_size > 2**31
+    found = container.check(whole, tmp_path)
+    assert not any(found.float_errors[name] for name in tables)
+    onnxruntime.logits(file, np.array([[599_999]], np.int32), tmp_path / "o.npy")
+    logits = np.load(tmp_path / "o.npy")[0, 0]
+    assert logits[-1] != 0 and not logits[:-1].any()  # the last row is the last row
