@@ -14,33 +14,33 @@ from typing import Any
 from ..errors import Unsupported
 from .refusals import differs
 
-_DIGIT, _THREE_DIGITS = r"\p{N}", r"\p{N}{1,3}"
+DIGIT, THREE_DIGITS = r"\p{N}", r"\p{N}{1,3}"
 _CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|"
 _SYMBOLS = r"| ?[^\s\p{L}\p{N}]+[\r\n]*"
-_SPACES = r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-_LLAMA3, _QWEN2, _MINICPM5 = (
-    _CONTRACTION + r"[^\r\n\p{L}\p{N}]?\p{L}+|" + digits + _SYMBOLS + _SPACES
-    for digits in (_THREE_DIGITS, _DIGIT, r"\p{N}+")
+SPACES = r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+LLAMA3, QWEN2, MINICPM5 = (
+    _CONTRACTION + r"[^\r\n\p{L}\p{N}]?\p{L}+|" + digits + _SYMBOLS + SPACES
+    for digits in (THREE_DIGITS, DIGIT, r"\p{N}+")
 )
-_JAIS2 = _LLAMA3.replace(
+_JAIS2 = LLAMA3.replace(
     r"\s+(?!\S)|\s+",
     "".join(rf"\s{{{2**power}}}(?!\S)|" for power in range(9, 1, -1)) + r"\s{1,2}(?!\S)|\s{1}",
 )
-_QWEN35 = (
-    _CONTRACTION + r"[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*" + _SPACES
+QWEN35 = (
+    _CONTRACTION + r"[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*" + SPACES
 )
-_SEED_CODER = _CONTRACTION + r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1}| ?[^\s\p{L}\p{N}\r\n]+" + _SPACES
+SEED_CODER = _CONTRACTION + r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1}| ?[^\s\p{L}\p{N}\r\n]+" + SPACES
 _EXAONE_MOE = (
     _CONTRACTION
     + r"[^\r\n\p{L}\p{N}]?(?:\p{L}\p{M}*(?: \p{L}\p{M}*)*)+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]?"
     + r"|\s*[\r\n]|\s+(?!\S)|\s+"
 )
 _DEEPSEEK_V3 = (
-    _THREE_DIGITS,
+    THREE_DIGITS,
     "[一-龥\u3040-ゟ\u30a0-ヿ]+",
     r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"""
-    r"| ?[\p{P}\p{S}]+[\r\n]*" + _SPACES,
+    r"| ?[\p{P}\p{S}]+[\r\n]*" + SPACES,
 )
 _BLOOM = r" ?[^(\s|[.,!?…。，、।۔،])]+"  # noqa: RUF001
 # tiktoken's way to write the same
@@ -48,24 +48,24 @@ _SAME = {
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|"
     + digits
     + r"| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+": regex
-    for digits, regex in ((_THREE_DIGITS, _LLAMA3), (_DIGIT, _QWEN2))
+    for digits, regex in ((THREE_DIGITS, LLAMA3), (DIGIT, QWEN2))
 }
-_WHOLE = (_GPT2, _LLAMA3, _QWEN2)  # these leave no character unmatched
+_WHOLE = (GPT2, LLAMA3, QWEN2)  # these leave no character unmatched
 # (regexes applied in turn, ignore_merges) -> tokenizer.ggml.pre with the same behaviour
 _NAMES = {
-    ((_GPT2,), False): "gpt-2",  # mpt, olmo, jais, trillion, exaone4, granite-docling
-    ((_DIGIT, _GPT2), False): "smollm",  # starcoder, refact, command-r, codeshell, minerva-7b
-    ((_LLAMA3,), True): "llama-bpe",  # falcon3, pixtral, lfm2
-    ((_LLAMA3,), False): "smaug-bpe",  # dbrx (OLMo 2, Phi-4), glm4, chatglm-bpe
-    ((_QWEN2,), False): "qwen2",  # stablelm2, hunyuan, megrez, grok-2, bailingmoe
+    ((GPT2,), False): "gpt-2",  # mpt, olmo, jais, trillion, exaone4, granite-docling
+    ((DIGIT, GPT2), False): "smollm",  # starcoder, refact, command-r, codeshell, minerva-7b
+    ((LLAMA3,), True): "llama-bpe",  # falcon3, pixtral, lfm2
+    ((LLAMA3,), False): "smaug-bpe",  # dbrx (OLMo 2, Phi-4), glm4, chatglm-bpe
+    ((QWEN2,), False): "qwen2",  # stablelm2, hunyuan, megrez, grok-2, bailingmoe
     (_DEEPSEEK_V3, False): "deepseek-v3",  # hunyuan-dense, joyai-llm
     ((_BLOOM,), False): "bloom",  # poro-chat, gpt3-finnish
-    ((_BLOOM, _DIGIT), False): "viking",
-    ((_SEED_CODER,), False): "seed-coder",
+    ((_BLOOM, DIGIT), False): "viking",
+    ((SEED_CODER,), False): "seed-coder",
     ((_JAIS2,), False): "jais-2",
-    ((_QWEN35,), False): "qwen35",
+    ((QWEN35,), False): "qwen35",
     ((_EXAONE_MOE,), False): "exaone-moe",
-    ((_THREE_DIGITS, _MINICPM5), True): "minicpm5",
+    ((THREE_DIGITS, MINICPM5), True): "minicpm5",
 }
 
 
@@ -93,18 +93,18 @@ def pre_name(pre_tokenizer: Mapping[str, Any], ignore_merges: bool) -> str:
     Raises:
         Unsupported: llama.cpp has none that splits every text in the same places.
     """
-    regexes = tuple(_regexes(pre_tokenizer))
-    if name := _NAMES.get((regexes, ignore_merges)):
+    found = tuple(regexes(pre_tokenizer))
+    if name := _NAMES.get((found, ignore_merges)):
         return name
     for near in _INEXACT:
-        if any(near.mark in regex for regex in regexes):
+        if any(near.mark in regex for regex in found):
             raise Unsupported(
                 f"the tokenizer splits text as {near.name} is meant to",
                 f"llama.cpp's {near.name} {near.why}: it would give other ids for some text",
                 "use a model with another tokenizer",
             )
     raise Unsupported(
-        f"tokenizer.json splits text in a way unknown here: {' then '.join(regexes) or 'none'}",
+        f"tokenizer.json splits text in a way unknown here: {' then '.join(found) or 'none'}",
         f"no pre-tokenizer of llama.cpp is known to do the same (ignore_merges {ignore_merges})",
         "if you know its name in llama.cpp, give it with --pre NAME",
     )
@@ -123,15 +123,19 @@ def ends_in_bytes(pre_tokenizer: Mapping[str, Any] | None) -> bool:
     return bool(found) and found[-1]["type"] == "ByteLevel"
 
 
-def _regexes(pre_tokenizer: Mapping[str, Any]) -> Iterator[str]:
-    """The regexes that a byte-level pre-tokenizer applies in turn."""
+def regexes(pre_tokenizer: Mapping[str, Any]) -> Iterator[str]:
+    """The regexes that a byte-level pre-tokenizer applies in turn, tiktoken's as Llama 3 writes it.
+
+    Raises:
+        Unsupported: it does not split with regexes.
+    """
     *first, last = steps(pre_tokenizer, "pretokenizers")
     for step in first:
         yield _regex(step)
     match last:
         case {"type": "ByteLevel", "add_prefix_space": False, "use_regex": use_regex}:
             if use_regex:
-                yield _GPT2
+                yield GPT2
         case _:
             raise differs(f"it splits text with {dict(last)}")
 
@@ -140,7 +144,7 @@ def _regex(step: Mapping[str, Any]) -> str:
     """What is a piece of its own after this step."""
     match step:
         case {"type": "Digits", "individual_digits": True}:
-            return _DIGIT
+            return DIGIT
         case {"type": "Split", "pattern": {"Regex": written}, "behavior": how, "invert": invert}:
             plain = str(written).replace("\r", r"\r").replace("\n", r"\n")
             regex = _SAME.get(plain, plain)

@@ -8,6 +8,7 @@ from typing import Any
 from ...architectures import DecoderConfig
 from ...tokenizer.tokenizer import Tokenizer
 from ..container import Deployment
+from . import tokenizer as tokenizer_files
 from .decoder import PAST, PRESENT
 from .reader import MODEL
 
@@ -21,7 +22,7 @@ def files(config: DecoderConfig, tokenizer: Tokenizer, deployment: Deployment) -
     """{file name: content}"""
     return {
         CONFIG: _json(genai_config(config, tokenizer, deployment)),
-        **tokenizer_files(tokenizer),
+        **tokenizer_files.files(tokenizer),
     }
 
 
@@ -71,14 +72,6 @@ def _search(tokenizer: Tokenizer, deployment: Deployment) -> dict[str, Any]:
         "past_present_share_buffer": True,
         "do_sample": bool(stated.get("do_sample", False)),
         **{key: stated[key] for key in _SAMPLING if key in stated},
-    }
-
-
-def tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
-    """{file name: content} of the tokenizer."""
-    return {
-        "tokenizer.json": (tokenizer.folder / "tokenizer.json").read_bytes(),
-        "tokenizer_config.json": (tokenizer.folder / "tokenizer_config.json").read_bytes(),
     }
 
 
