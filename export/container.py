@@ -147,6 +147,9 @@ class Container(Protocol):
     ) -> Minimum:
         """What the device needs; `separate`: whether adapters stay separate."""
 
+    def notes(self, config: DecoderConfig, plan: Plan, tokenizer: Tokenizer) -> list[str]:
+        """Sentences that whoever uses the files must know: what their runtime does not do."""
+
     def readme(self, fields: Mapping[str, str], adapters: list[str]) -> str:
         """The bundle's README.md: how to load it on the device, with code.
 
@@ -159,3 +162,13 @@ def foreign_adapter(path: Path, why: str) -> BadInput:
     return BadInput(
         f"{path.name} is not an adapter of this base", why, "export base and adapter together again"
     )
+
+
+def normalization_notes(tokenizer: Tokenizer, runtime: str) -> list[str]:
+    """What `notes` says of text that the source tokenizer normalizes and the runtime does not."""
+    if not tokenizer.scheme.nfc:
+        return []
+    return [
+        f"Text must be in Unicode's NFC: the model's tokenizer normalizes it and {runtime} does not"
+        " (`java.text.Normalizer` does)."
+    ]

@@ -21,10 +21,6 @@ from ..targets.target import Target
 from .source import Source
 
 TOOLS = ("slimport", "torch", "transformers", "peft", "numpy", "numba")
-_NFC = (
-    "\nText must be in Unicode's NFC: the model's tokenizer normalizes it and llama.cpp does not"
-    " (`java.text.Normalizer` does)."
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,10 +131,15 @@ def write_readme(
         "context": str(target.context_length),
         "sampling": ", ".join(f"{key} {value}" for key, value in settings.items()) or "none",
         "stops": ", ".join(repr(stop) for stop in stops(source)),
-        "normalization": _NFC if source.tokenizer.scheme.nfc else "",
+        "notes": "".join(f"\n- {note}" for note in notes(container, source, plan)),
     }
     names = [path.relative_to(folder).as_posix() for path in files.adapters]
     (folder / "README.md").write_text(container.readme(fields, names), encoding="utf-8")
+
+
+def notes(container: Container, source: Source, plan: Plan) -> list[str]:
+    """What an app must do that the runtime does not."""
+    return container.notes(source.decoder, plan, source.tokenizer)
 
 
 def judged(report: Mapping[str, Any] | None) -> str:

@@ -252,6 +252,7 @@ def report_on(
             for path in files.adapters[1:]
         ],
         fallbacks=quantized.plan.fallbacks,
+        notes=assembly.notes(job.container, source, quantized.plan),
     )
     return report.build(subject, judgement, codes_equal=True)
 
@@ -304,6 +305,7 @@ def _manifest(
         "errors": dict(quantized.errors),
         "plan": quantized.plan.to_json(),
         "fallbacks": quantized.plan.fallbacks,
+        "notes": assembly.notes(job.container, source, quantized.plan),
         "config": _public(quantized.config),
         "inputs": assembly.inputs(source, quantized, texts.judged),
         "recipe": recipe.to_json(),

@@ -25,6 +25,7 @@ def bundle(folder: Path) -> None:
     table(f"{folder}", ["file", "bytes"], files)
     if not manifest["validated"]:
         fallbacks(manifest["fallbacks"])
+        notes(manifest.get("notes", []))
         print("Not validated (--no-validate): `slimport check` will refuse it.")
         return
     report(report_of(folder))
@@ -51,6 +52,7 @@ def report(found: Mapping[str, Any]) -> None:
         table("", columns, [_speed(row) for row in speed])
     budgets(found["budgets"])
     fallbacks(found["fallbacks"])
+    notes(found.get("notes", []))
     for words in found["executed"]:
         print(f"Executed: {words}")
     for words in found["not_executed"]:
@@ -131,6 +133,12 @@ def fallbacks(found: Mapping[str, Sequence[str]]) -> None:
     for reason, names in found.items():
         more = "s" if names[1:] else ""
         print(f"{len(names)} weight{more}, {reason} ({names[0]}{', ...' if more else ''})")
+
+
+def notes(found: Sequence[str]) -> None:
+    """What an app must do that the runtime does not."""
+    for note in found:
+        print(f"To do in the app: {note}")
 
 
 def grids(rows: Rows) -> None:

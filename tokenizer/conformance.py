@@ -3,6 +3,8 @@
 # ruff: noqa: RUF001  (letters that look like others are the point)
 from __future__ import annotations
 
+from typing import NamedTuple
+
 TEXTS = (
     "",
     " ",
@@ -14,6 +16,9 @@ TEXTS = (
     "\n\n\n\n",
     "\r\n",
     " \n \n ",
+    "\n \n x",
+    "a  \n  b",
+    "def f():\n    \n    x = 1\n",
     "\t\n\t \r\n  \n",
     "Hello, world!",
     " Hello",
@@ -33,6 +38,7 @@ TEXTS = (
     "I'M YOU'RE HE'D WE'LL THEY'VE IT'S DON'T",
     "' 's 't'' 'll'll '",
     "rock 'n' roll, the '90s, the dogs' bones",
+    "'12 345",
     "1",
     "12",
     "123",
@@ -75,6 +81,7 @@ TEXTS = (
     "▁",
     "▁▁a▁b ▁ c",
     "Ġthe Ċ Ã©",
+    "<0x0A>",
     "<0x0A><0xE2> <unk> <s> </s> <|endoftext|> [INST] [PAD0]",
     "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n",
     "<s> </s><s>a</s> b",
@@ -95,4 +102,24 @@ MESSAGES = (
     {"role": "user", "content": "  Hello! What's 12 × 34?\n"},
     {"role": "assistant", "content": "It's 408. 🙂"},
     {"role": "user", "content": "Danke schön, and tell me a story."},
+)
+_THOUGHTS = (
+    {"role": "user", "content": "Which is larger?"},
+    {"role": "assistant", "content": "<think>\nLet me see.\n</think>\n\nThe second."},
+    {"role": "user", "content": "Why?"},
+)
+
+
+class Chat(NamedTuple):
+    """A conversation to render, and whether an answer is to follow."""
+
+    messages: tuple[dict[str, str], ...]
+    add_generation_prompt: bool
+
+
+# Many templates refuse a system message, and some a second turn.
+CHATS = tuple(
+    Chat(messages, prompt)
+    for messages in (MESSAGES, MESSAGES[1:], MESSAGES[1:2], _THOUGHTS)
+    for prompt in (True, False)
 )

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..errors import ValidationFailed
+from ..errors import BadInput, ValidationFailed
+from ..tokenizer.conformance import CHATS, Chat
 from ..tokenizer.tokenizer import Tokenizer
 from .runtime import Runtime, Vocabulary
 
@@ -30,12 +31,14 @@ class Conformance:
         differences: texts with other ids.
         missed_stops: end-of-sequence ids of the source at which the runtime goes on.
         further_stops: ids at which the runtime stops although the source does not name them.
+        chats: conversations that the runtime rendered as the source does, or refused with it.
     """
 
     checked: int
     differences: tuple[Difference, ...]
     missed_stops: tuple[int, ...]
     further_stops: tuple[int, ...]
+    chats: int = 0
 
     @property
     def conforms(self) -> bool:
@@ -44,7 +47,12 @@ class Conformance:
     def to_json(self) -> dict[str, Any]:
         """The keys of report.json."""
         further = list(self.further_stops)
-        return {"conforms": self.conforms, "checked": self.checked, "further_stops": further}
+        return {
+            "conforms": self.conforms,
+            "checked": self.checked,
+            "further_stops": further,
+            "chats": self.chats,
+        }
 
 
 def check(tokenizer: Tokenizer, file: Path, runtime: Runtime) -> Conformance:
@@ -52,7 +60,7 @@ def check(tokenizer: Tokenizer, file: Path, runtime: Runtime) -> Conformance:
 
     Raises:
         ValidationFailed: a text has other ids, the runtime misses an end-of-sequence token, starts
-            a text otherwise, or has another chat template.
+            a text otherwise, has another chat template, or renders it otherwise.
     """
     texts = tokenizer.conformance_texts()
     read = runtime.vocabulary(file)
@@ -73,24 +81,45 @@ def check(tokenizer: Tokenizer, file: Path, runtime: Runtime) -> Conformance:
             "name every end-of-sequence id in generation_config.json and export again",
         )
     _refuse_another_start(tokenizer, read)
-    return found
+    rendered = runtime.render(file, CHATS)
+    if rendered is None:
+        _refuse("has the chat template", tokenizer.chat_template or None, read.chat_template)
+        return found
+    return replace(found, chats=_same_chats(tokenizer, read, rendered))
+
+
+def _same_chats(tokenizer: Tokenizer, read: Vocabulary, rendered: Sequence[str | None]) -> int:
+    """How many conversations are compared; none if the files have no template to render."""
+    if read.chat_template is None and all(prompt is None for prompt in rendered):
+        return 0  # withheld: the runtime says so to whoever asks
+    for chat, got in zip(CHATS, rendered, strict=True):
+        _refuse("renders a conversation as", _expected(tokenizer, chat), got)
+    return len(CHATS)
+
+
+def _expected(tokenizer: Tokenizer, chat: Chat) -> str | None:
+    try:
+        return tokenizer.render_chat(chat.messages, chat.add_generation_prompt)
+    except BadInput:
+        return None
 
 
 def _refuse_another_start(tokenizer: Tokenizer, read: Vocabulary) -> None:
     """What a runtime puts before a prompt by itself; without a BOS it may name any id."""
+    if read.adds_bos is not None:  # else it is the app's, and the bundle's notes say so
+        _refuse("puts BOS before a text", tokenizer.adds_bos, read.adds_bos)
     bos = tokenizer.bos_id if tokenizer.bos_id is not None else read.bos
-    pairs = (
-        ("puts BOS before a text", tokenizer.adds_bos, read.adds_bos),
-        ("has the BOS id", bos, read.bos),
-        ("has the chat template", tokenizer.chat_template or None, read.chat_template),
-    )
-    for what, expected, got in pairs:
-        if expected != got:
-            raise ValidationFailed(
-                f"the runtime {what}: {got!r:.80}",
-                f"the source tokenizer says {expected!r:.80}",
-                "export again; if it stays, report it with the model's tokenizer_config.json",
-            )
+    _refuse("has the BOS id", bos, read.bos)
+
+
+def _refuse(what: str, expected: object, got: object) -> None:
+    """Raise ValidationFailed if a runtime has, or does, something else than the source."""
+    if expected != got:
+        raise ValidationFailed(
+            f"the runtime {what}: {got!r:.80}",
+            f"the source tokenizer says {expected!r:.80}",
+            "export again; if it stays, report it with the model's tokenizer_config.json",
+        )
 
 
 def compare(

@@ -49,6 +49,7 @@ class Subject:
         findings: of targets.limits.
         not_judged: in words, what ships and was not run here.
         fallbacks: as Plan.fallbacks.
+        notes: as Container.notes.
     """
 
     model: Mapping[str, Any]
@@ -67,6 +68,7 @@ class Subject:
     findings: Sequence[Finding] = ()
     not_judged: Sequence[str] = ()
     fallbacks: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    notes: Sequence[str] = ()
 
 
 def build(subject: Subject, judgement: Judgement, codes_equal: bool) -> dict[str, Any]:
@@ -97,6 +99,7 @@ def build(subject: Subject, judgement: Judgement, codes_equal: bool) -> dict[str
         "texts": dict(subject.texts),
         "samples": [dict(sample) for sample in subject.samples],
         "findings": [asdict(finding) for finding in subject.findings],
+        "notes": list(subject.notes),
         "inputs": dict(subject.inputs),
         "tools": dict(subject.tools),
         "executed": [f"the shipped file in {subject.runtime} on {platform.machine()}"],

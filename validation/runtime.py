@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from ..tokenizer.conformance import Chat
 from .worker import Progress
 
 Ids = npt.NDArray[np.int32]
@@ -112,14 +113,15 @@ class Vocabulary:
         size: tokens.
         eog: every id at which the runtime stops generating.
         bos: the id of the begin-of-sequence token, or None.
-        adds_bos: whether the runtime puts it before a text by itself.
+        adds_bos: whether the runtime puts it before a text by itself; None: it never does, and
+            the app has to.
         chat_template: the template in the file, or None.
     """
 
     size: int
     eog: tuple[int, ...]
     bos: int | None
-    adds_bos: bool
+    adds_bos: bool | None
     chat_template: str | None
 
 
@@ -163,6 +165,12 @@ class Runtime(Protocol):
 
     def vocabulary(self, file: Path) -> Vocabulary:
         """What the runtime read of the tokenizer: where it stops, what it adds."""
+
+    def render(self, file: Path, chats: Sequence[Chat]) -> list[str | None] | None:
+        """Each conversation by the template in the file; None for one that is refused.
+
+        None in all: this runtime does not render, and has the template in `vocabulary`.
+        """
 
     def generate(
         self,

@@ -50,6 +50,7 @@ def markdown(report: Mapping[str, Any]) -> str:
         *(f"- Executed: {words}" for words in report["executed"]),
         *(f"- Not executed: {words}" for words in report["not_executed"]),
         *(f"- {finding['message']} ({finding['source']})" for finding in report["findings"]),
+        *(f"- {note}" for note in report.get("notes", [])),
         *(
             f"- {reason}: {len(names)} of the weights"
             for reason, names in report["fallbacks"].items()

@@ -16,7 +16,7 @@ from ...quantize.grid import Float32
 from ...quantize.plan import Plan
 from ...quantize.store import QuantizedCheckpoint
 from ...tokenizer.tokenizer import Tokenizer
-from ..container import Deployment, ReadBack, foreign_adapter
+from ..container import Deployment, ReadBack, foreign_adapter, normalization_notes
 from . import compare, layout, reader
 from .adapter import BASE, predict_adapter, refuse_adapter, write_adapter
 from .device import minimum_runtime, readme
@@ -34,6 +34,7 @@ __all__ = [
     "context_length",
     "kv_cache",
     "minimum_runtime",
+    "notes",
     "predict",
     "predict_adapter",
     "read_back",
@@ -98,6 +99,11 @@ def write(
     metadata, infos = _header(model.decoder, model.plan, tokenizer, model.name)
     write_file(folder / FILE, metadata, infos, _data(model, infos))
     return [folder / FILE]
+
+
+def notes(config: DecoderConfig, plan: Plan, tokenizer: Tokenizer) -> list[str]:
+    """What an app must do that llama.cpp does not."""
+    return normalization_notes(tokenizer, "llama.cpp")
 
 
 def read_back(

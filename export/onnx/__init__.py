@@ -18,6 +18,7 @@ from ...tokenizer.tokenizer import Tokenizer
 from ..container import Deployment, Minimum, ReadBack
 from ..file import write_aligned, write_bytes
 from . import compare, device, genai, layout, packing, reader
+from . import tokenizer as tokenizer_files
 from .adapter import (
     check_adapter,
     predict_adapter,
@@ -28,6 +29,7 @@ from .adapter import (
 from .decoder import decoder_graph
 from .device import readme
 from .graph import DATA
+from .notes import notes
 
 __all__ = [
     "FILE",
@@ -38,6 +40,7 @@ __all__ = [
     "context_length",
     "kv_cache",
     "minimum_runtime",
+    "notes",
     "predict",
     "predict_adapter",
     "read_back",
@@ -70,6 +73,7 @@ def kv_cache(wanted: str) -> str:
 def refuse(config: DecoderConfig, plan: Plan, tokenizer: Tokenizer) -> None:
     """Raise Unsupported if the graph, ONNX Runtime or genai cannot hold this exactly."""
     layout.layout(config, plan, Deployment(1))
+    tokenizer_files.refuse(tokenizer, config.vocab_size)
     for rope in layout.ropes(config):
         if rope.rotated(config.head_dim) % _HEAD_STEP:
             raise Unsupported(

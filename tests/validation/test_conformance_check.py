@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from slimport.errors import ValidationFailed
+from slimport.errors import BadInput, ValidationFailed
 from slimport.validation import conformance
 from slimport.validation.runtime import Vocabulary
 
@@ -23,6 +23,7 @@ class Fake:
     adds_bos: bool = False
     chat_template: str | None = None
     read: tuple = (None, False, None)  # BOS, whether it is added, template: as the runtime has them
+    prompts: list | None = None  # of the runtime, by conversation
 
     def conformance_texts(self):
         return ["hello", " hello", "a\x00b", ""]
@@ -36,6 +37,17 @@ class Fake:
     def vocabulary(self, file):
         return Vocabulary(256, self.eog, *self.read)
 
+    def render(self, file, chats):
+        return self.prompts
+
+    def render_chat(self, messages, add_generation_prompt):
+        if len(messages) == 4:
+            raise BadInput("a system message", "it is refused", "leave it out")
+        return f"{len(messages)} {add_generation_prompt}"
+
+
+PROMPTS = [None, None, *(f"{n} {prompt}" for n in (3, 1, 3) for prompt in (True, False))]
+
 
 def check(fake):
     return conformance.check(fake, Path("model.gguf"), fake)
@@ -44,7 +56,8 @@ def check(fake):
 def test_equal_tokenizers_conform():
     found = check(Fake())
     assert found.conforms and found.checked == 4
-    assert found.to_json() == {"conforms": True, "checked": 4, "further_stops": []}
+    expected = {"conforms": True, "checked": 4, "further_stops": [], "chats": 0}
+    assert found.to_json() == expected
 
 
 def test_the_first_difference_is_named():
@@ -78,6 +91,26 @@ def test_another_start_fails(source, read, what):
 
 def test_a_bos_that_the_source_does_not_have_is_not_compared():
     assert check(Fake(read=(11, False, None))).conforms
+
+
+def test_a_bos_that_is_left_to_the_app_is_not_compared():
+    assert check(Fake(bos_id=1, adds_bos=True, read=(1, None, None))).conforms
+
+
+def test_conversations_are_compared_where_a_runtime_renders():
+    template = {"chat_template": "{{ a }}", "read": (None, False, "{{ written anew }}")}
+    assert check(Fake(**template, prompts=PROMPTS)).chats == len(PROMPTS)
+    for place, other in ((0, "a prompt"), (2, None), (5, "1 True")):
+        wrong = [*PROMPTS[:place], other, *PROMPTS[place + 1 :]]
+        with pytest.raises(ValidationFailed, match="renders a conversation as"):
+            check(Fake(**template, prompts=wrong))
+
+
+def test_a_template_that_is_withheld_must_not_render():
+    withheld = {"chat_template": "{{ a }}", "read": (None, False, None)}
+    assert check(Fake(**withheld, prompts=[None] * 8)).chats == 0
+    with pytest.raises(ValidationFailed, match="renders a conversation as"):
+        check(Fake(**withheld, prompts=[""] * 8))
 
 
 def test_compare_keeps_every_difference():

@@ -12,6 +12,7 @@ from typing import Any
 
 from ...errors import BadInput, ValidationFailed
 from ...quantize import ggml
+from ...tokenizer.conformance import Chat
 from .. import worker
 from ..runtime import Generation, Ids, Measurements, Memory, Speed, Vocabulary
 from ..worker import Progress
@@ -76,6 +77,10 @@ def vocabulary(file: Path) -> Vocabulary:
     """What llama.cpp read of the tokenizer: where it stops, what it adds."""
     found = _call("vocabulary", file)
     return Vocabulary(**{**found, "eog": tuple(found["eog"])})
+
+
+def render(file: Path, chats: Sequence[Chat]) -> None:
+    """What renders is no part of llama.cpp's library, but of the programs around it."""
 
 
 def generate(

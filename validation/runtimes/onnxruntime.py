@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import BadInput
+from ...tokenizer.conformance import Chat
 from .. import worker
 from ..runtime import Generation, Ids, Measurements, Memory, Speed, Vocabulary
 from ..worker import Progress
@@ -91,6 +92,12 @@ def vocabulary(file: Path) -> Vocabulary:
     """What genai read of the tokenizer: where it stops, what it adds."""
     found = _call("vocabulary", file)
     return Vocabulary(**{**found, "eog": tuple(found["eog"])})
+
+
+def render(file: Path, chats: Sequence[Chat]) -> list[str | None]:
+    """Prompts by genai's own engine for templates; None for what it refuses."""
+    found: list[str | None] = _call("render", file, chats=list(chats))
+    return found
 
 
 def generate(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -148,19 +149,27 @@ class _Genai:
         return generator
 
 
+def _tokenizer(file: str) -> Any:
+    """The folder's tokenizer, without its model."""
+    with _refusals(f"onnxruntime-genai does not load the tokenizer of {Path(file).name}"):
+        return genai.Tokenizer(str(Path(file).parent))
+
+
 def _tokenize(file: str, texts: list[str]) -> list[list[int]]:
-    tokenizer = _Genai(file).tokenizer
-    return [[int(token) for token in tokenizer.encode(text)] for text in texts]
+    tokenizer = _tokenizer(file)
+    with _refusals("onnxruntime-genai cannot tokenize a text"):
+        return [[int(token) for token in tokenizer.encode(text)] for text in texts]
 
 
 def _vocabulary(file: str) -> dict[str, Any]:
-    tokenizer = _Genai(file).tokenizer
+    tokenizer, folder = _tokenizer(file), Path(file).parent
+    settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
     return {
-        "size": int(_settings(Path(file).parent)["vocab_size"]),
+        "size": int(_settings(folder)["vocab_size"]),
         "eog": [int(token) for token in tokenizer.eos_token_ids],
         "bos": int(tokenizer.bos_token_id),
-        "adds_bos": False,
-        "chat_template": None,
+        "adds_bos": True if len(tokenizer.encode("")) else None,
+        "chat_template": settings.get("chat_template"),
     }
 
 
@@ -169,6 +178,19 @@ def _settings(folder: Path) -> dict[str, Any]:
     content = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))
     found: dict[str, Any] = content["model"]
     return found
+
+
+def _render(file: str, chats: list[tuple[list[dict[str, str]], bool]]) -> list[str | None]:
+    tokenizer = _tokenizer(file)
+    return [_rendered(tokenizer, json.dumps(messages), prompt) for messages, prompt in chats]
+
+
+def _rendered(tokenizer: Any, messages: str, prompt: bool) -> str | None:
+    try:
+        return str(tokenizer.apply_chat_template(messages, add_generation_prompt=prompt))
+    except RuntimeError as error:  # of every kind, such as "Empty chat template"
+        print(f"refused: {error}", file=sys.stderr)
+        return None
 
 
 def _generate(
@@ -248,6 +270,7 @@ if __name__ == "__main__":
             "logits": _logits,
             "tokenize": _tokenize,
             "vocabulary": _vocabulary,
+            "render": _render,
             "generate": _generate,
             "measure": _measure,
         }

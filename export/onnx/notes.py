@@ -1,0 +1,35 @@
+"""What an app must do that onnxruntime-genai does not."""
+
+from __future__ import annotations
+
+from ...architectures import DecoderConfig
+from ...quantize.plan import Plan
+from ...tokenizer.tokenizer import Tokenizer
+from ..container import normalization_notes
+from . import template
+from .tokenizer import template_withheld
+
+_RUNTIME = "onnxruntime-genai"
+
+
+def notes(config: DecoderConfig, plan: Plan, tokenizer: Tokenizer) -> list[str]:
+    """Sentences on prompts: normalization, BOS, chat template."""
+    found = normalization_notes(tokenizer, _RUNTIME)
+    if tokenizer.adds_bos and tokenizer.bos_id is not None:
+        bos = tokenizer.library.id_to_token(tokenizer.bos_id)
+        found.append(
+            f"{_RUNTIME} puts no BOS before a text: a prompt that is not made with the chat"
+            f" template has to start with the text `{bos}`."
+        )
+    if reason := template_withheld(tokenizer):
+        found.append(
+            f"The chat template is not among the files, because {_RUNTIME} may render it otherwise:"
+            f' {reason}. `apply_chat_template` says "Empty chat template"; the app has to write'
+            " prompts as the template in `tokenizer/generation.json` does."
+        )
+    elif tokenizer.chat_template and template.trims(tokenizer.chat_template):
+        found.append(
+            f"The chat template trims texts, and {_RUNTIME} trims blanks, tabs and line ends only:"
+            " the app has to trim what else Unicode has for spaces, such as U+00A0 and U+3000."
+        )
+    return found
