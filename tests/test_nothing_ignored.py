@@ -278,9 +278,16 @@ def test_the_readme_says_what_the_runtime_does_not_do(
     words = (tmp_path / "qwen/android/README.md").read_text()
     notes = json.loads((tmp_path / "qwen/android/tokenizer/generation.json").read_text())
     assert "NFC" in words and notes["normalization"] == "NFC"
+    (note,) = json.loads((tmp_path / "qwen/android/manifest.json").read_text())["notes"]
+    assert note in words and "llama.cpp" in note
     assert "--lora" not in words and "$" not in words
     beside = ["--adapter", f"tone={lora}", "--adapter-mode", "separate"]
     assert run("export", tiny_llama, *PLAIN, *beside, "-o", tmp_path / "llama").code == 0
     words = (tmp_path / "llama/android/README.md").read_text()
     assert "adb push adapters/tone.gguf" in words and "--lora tone.gguf" in words
     assert "NFC" not in words
+    onnx = ["--container", "onnx", "-o", tmp_path / "onnx"]
+    assert run("export", tiny_llama, *PLAIN, *onnx).code == 0
+    words = (tmp_path / "onnx/android/README.md").read_text()
+    (bos, trims) = json.loads((tmp_path / "onnx/android/manifest.json").read_text())["notes"]
+    assert bos in words and trims in words and "`<|bos|>`" in bos and "$" not in words

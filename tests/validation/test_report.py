@@ -294,6 +294,14 @@ def test_every_figure_is_its_json_value(joined: dict[str, Any]) -> None:
         assert read == pytest.approx(value, rel=6e-3, abs=1e-12), (path, shown)
 
 
+def test_notes_stand_in_the_page_and_the_summary(joined: dict[str, Any]) -> None:
+    for text in (page.render(joined), summary.markdown(joined)):
+        assert "NFC: the model" in text
+    older = {key: value for key, value in joined.items() if key != "notes"}
+    for text in (page.render(older), summary.markdown(older)):
+        assert "NFC" not in text
+
+
 def test_the_page_shows_every_part(joined: dict[str, Any]) -> None:
     paths = {path for path, _, _ in figures(page.render(joined)).found}
     layers = [i for i, row in enumerate(joined["layers"]) if row["relative_rmse"] is not None]

@@ -20,11 +20,16 @@ from tokenizers import Tokenizer as Library
 from tokenizers import pre_tokenizers as pre
 from tokenizers.trainers import BpeTrainer
 
-from slimport.errors import BadInput, Unsupported
+from slimport.architectures import decoder_config
+from slimport.errors import BadInput, Unsupported, ValidationFailed
+from slimport.export.container import Deployment
 from slimport.export.onnx import tokenizer as container
+from slimport.export.onnx.genai import files as files_of
 from slimport.tokenizer import pretokenizers as known
-from slimport.tokenizer.conformance import TEXTS
+from slimport.tokenizer.conformance import CHATS, TEXTS
 from slimport.tokenizer.tokenizer import Tokenizer
+from slimport.validation import conformance
+from slimport.validation.runtimes import onnxruntime
 
 SIZE = 1 << 14  # rows of an embedding
 LETTERS = (
@@ -412,3 +417,42 @@ def test_settings_are_our_own(make_model: Callable[..., Path], tmp_path: Path) -
     runtime = in_genai(files, tmp_path)
     runtime.update_options(add_special_tokens="true")
     assert not len(runtime.encode(""))  # a rendered chat brings its own BOS, and no second one
+
+
+# ---- judged in genai ----
+
+
+def exported(model: Path, folder: Path) -> tuple[Tokenizer, Path]:
+    """A model's tokenizer, and a folder with all but the graph."""
+    tokenizer = Tokenizer.open(model)
+    config = decoder_config(json.loads((model / "config.json").read_text()))
+    container.refuse(tokenizer, config.vocab_size)
+    for name, content in {
+        "model.onnx": b"",
+        **files_of(config, tokenizer, Deployment(64)),
+    }.items():
+        (folder / name).write_bytes(content)
+    return tokenizer, folder / "model.onnx"
+
+
+@pytest.mark.parametrize("style", ["gpt2", "llama3", "qwen2", "spm", "gemma"])
+def test_tokenizers_conform(make_model: Callable[..., Path], style: str, tmp_path: Path) -> None:
+    tokenizer, file = exported(make_model("llama", tokenizer=style), tmp_path)
+    found = conformance.check(tokenizer, file, onnxruntime)
+    assert found.conforms and found.checked >= 60 and found.chats == len(CHATS)
+    read = onnxruntime.vocabulary(file)
+    assert (read.size, read.eog, read.adds_bos) == (416, tokenizer.eos_ids, None)
+
+
+def test_another_template_in_the_files_does_not_conform(
+    make_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    tokenizer, file = exported(make_model("llama"), tmp_path)
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    settings["chat_template"] += "{{ 'one more' }}"
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(ValidationFailed, match="renders a conversation as"):
+        conformance.check(tokenizer, file, onnxruntime)
+    del settings["chat_template"]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert conformance.check(tokenizer, file, onnxruntime).chats == 0
