@@ -120,6 +120,7 @@ def write_readme(
     separate = bool(files.adapters)
     minimum = container.minimum_runtime(source.decoder, plan, source.tokenizer, separate)
     settings = source.tokenizer.sampling
+    bos = source.tokenizer.bos_id if source.tokenizer.adds_bos else None
     fields = {
         "name": source.name,
         "target": target.title,
@@ -131,6 +132,7 @@ def write_readme(
         "context": str(target.context_length),
         "sampling": ", ".join(f"{key} {value}" for key, value in settings.items()) or "none",
         "stops": ", ".join(repr(stop) for stop in stops(source)),
+        "bos": source.tokenizer.library.id_to_token(bos) if bos is not None else "",
         "notes": "".join(f"\n- {note}" for note in notes(container, source, plan)),
     }
     names = [path.relative_to(folder).as_posix() for path in files.adapters]

@@ -291,3 +291,4 @@ def test_the_readme_says_what_the_runtime_does_not_do(
     words = (tmp_path / "onnx/android/README.md").read_text()
     (bos, trims) = json.loads((tmp_path / "onnx/android/manifest.json").read_text())["notes"]
     assert bos in words and trims in words and "`<|bos|>`" in bos and "$" not in words
+    assert 'encode("<|bos|>Once upon a time")' in words

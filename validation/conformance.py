@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
+from os.path import commonprefix
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,10 @@ def _same_chats(tokenizer: Tokenizer, read: Vocabulary, rendered: Sequence[str |
     if read.chat_template is None and all(prompt is None for prompt in rendered):
         return 0  # withheld: the runtime says so to whoever asks
     for chat, got in zip(CHATS, rendered, strict=True):
-        _refuse("renders a conversation as", _expected(tokenizer, chat), got)
+        expected = _expected(tokenizer, chat)
+        same = len(commonprefix((expected or "", got or "")))
+        start = max(0, same - 20)  # a long prompt is shown from where they part
+        _refuse("renders a conversation as", expected and expected[start:], got and got[start:])
     return len(CHATS)
 
 

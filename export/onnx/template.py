@@ -68,8 +68,8 @@ def _reasons(template: str) -> Iterator[str]:
     try:
         tree = minja.parse(template, trim=True)
         same = tree == minja.parse(written(template), trim=False)
-    except TemplateError as error:
-        yield f"it cannot be parsed ({error})"
+    except (TemplateError, RecursionError) as error:
+        yield f"it cannot be parsed ({getattr(error, 'message', error)})"
         return
     if not same:
         yield "it has blocks that cannot be written without trimming"
