@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from os.path import commonprefix
 from pathlib import Path
 from typing import Any
 
@@ -95,8 +94,9 @@ def _same_chats(tokenizer: Tokenizer, read: Vocabulary, rendered: Sequence[str |
         return 0  # withheld: the runtime says so to whoever asks
     for chat, got in zip(CHATS, rendered, strict=True):
         expected = _expected(tokenizer, chat)
-        same = len(commonprefix((expected or "", got or "")))
-        start = max(0, same - 20)  # a long prompt is shown from where they part
+        pairs = enumerate(zip(expected or "", got or "", strict=False))
+        parting = next((place for place, (mine, theirs) in pairs if mine != theirs), 0)
+        start = max(0, parting - 20)  # a long prompt is shown from where they part
         _refuse("renders a conversation as", expected and expected[start:], got and got[start:])
     return len(CHATS)
 

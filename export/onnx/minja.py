@@ -198,7 +198,9 @@ class _Template:
             self.lists -= wrong
         self.called = {id(call.node) for call in tree.find_all(nodes.Call)}
         keyed = [one for one in tree.find_all(nodes.Expr) if _key(one) is not None]
-        self.keyed = {id(next(one.iter_child_nodes())) for one in keyed}
+        self.keyed = {
+            id(next(one.iter_child_nodes())) for one in keyed if id(one) not in self.called
+        }
         self.conditions = set(map(id, _conditions(tree)))
         self.guarded = set(map(id, _guarded(tree)))
 

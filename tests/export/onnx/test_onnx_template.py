@@ -145,6 +145,7 @@ SHIPPED = {
     "mistral": MISTRAL,
     "tinyllama": TINYLLAMA,
     "line ends of Windows": TINYLLAMA.replace("\n", "\r\n"),
+    "after the last mark": CHATML.replace("['content']", "['content'].split('.')[-1].strip()"),
     "generation": CHATML.replace("{{'<", "{% generation %}{{'<").replace(
         "{% endfor", "{% endgeneration %}{% endfor"
     ),
@@ -159,6 +160,7 @@ WITHHELD = {
     "{{ messages[0].content | length }}": "the length of what may be a text",
     "{{ messages[0].content[0] }}": "a part of what may be a text",
     "{{ messages[0].content[1:] }}": "a part of what may be a text",
+    "{{ messages[0].content[0].strip() }}": "a part of what may be a text",
     "{{ messages | selectattr('role') | list | length }}": "selectattr without equalto",
     "{{ messages | map('trim') | list }}": "the filter map",
     "{{ messages[0].content }}{{ pad_token }}": "the variable pad_token",
