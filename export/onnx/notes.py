@@ -1,8 +1,9 @@
-"""What an app must do that onnxruntime-genai does not."""
+"""What a user of the files must know: what genai leaves to the app, and what is slow."""
 
 from __future__ import annotations
 
 from ...architectures import DecoderConfig
+from ...quantize.grid import Grid
 from ...quantize.plan import Plan
 from ...tokenizer.tokenizer import Tokenizer
 from ..container import normalization_notes
@@ -13,7 +14,7 @@ _RUNTIME = "onnxruntime-genai"
 
 
 def notes(config: DecoderConfig, plan: Plan, tokenizer: Tokenizer) -> list[str]:
-    """Sentences on prompts: normalization, BOS, chat template."""
+    """Sentences on prompts (normalization, BOS, chat template) and on slow operators."""
     found = normalization_notes(tokenizer, _RUNTIME)
     if tokenizer.adds_bos and tokenizer.bos_id is not None:
         bos = tokenizer.library.id_to_token(tokenizer.bos_id)
@@ -31,5 +32,13 @@ def notes(config: DecoderConfig, plan: Plan, tokenizer: Tokenizer) -> list[str]:
         found.append(
             f"The chat template trims texts, and {_RUNTIME} trims blanks, tabs and line ends only:"
             " the app has to trim what else Unicode has for spaces, such as U+00A0 and U+3000."
+        )
+    slow = sorted(
+        {c.grid.name for c in plan.quantized if isinstance(c.grid, Grid) and c.grid.levels}
+    )
+    if slow:
+        found.append(
+            f"{', '.join(slow)} is a reference in ONNX Runtime: its operator is about two orders of"
+            " magnitude slower than that of int4-g32."
         )
     return found
