@@ -65,7 +65,12 @@ def export(
     with bundle.work_folder(recipe.output) as work:
         calibrate = plan.calibrated and ready is None
         texts = read_texts(
-            recipe, source, calibrate=calibrate, validate=validate, progress=progress
+            recipe,
+            source,
+            calibrate=calibrate,
+            validate=validate,
+            progress=progress,
+            context=min(job.deployment.context for job in jobs),
         )
         if ready is None:
             ready = _quantize(source, plan, texts.calibration, work / "quantized", progress)
@@ -216,7 +221,14 @@ def validate(
         if quantized.weights_digest != manifest["weights_digest"]:
             stated = manifest["weights_digest"]
             raise _mismatch(folder, "all weights", quantized.weights_digest, stated)
-        texts = read_texts(recipe, source, calibrate=False, validate=True, progress=progress)
+        texts = read_texts(
+            recipe,
+            source,
+            calibrate=False,
+            validate=True,
+            progress=progress,
+            context=job.deployment.context,
+        )
         files = job.files(source, plan)
         case = shipment.case_of(job, source, quantized, texts, files)
         judged = judge(case, job.runtime, work, progress)

@@ -44,22 +44,33 @@ class Texts:
 
 
 def read_texts(
-    recipe: Recipe, source: Source, *, calibrate: bool, validate: bool, progress: Progress
+    recipe: Recipe,
+    source: Source,
+    *,
+    calibrate: bool,
+    validate: bool,
+    progress: Progress,
+    context: int | None = None,
 ) -> Texts:
     """Read or sample the text to calibrate on, the texts to judge on, or both.
 
+    Args:
+        context: tokens that every target keeps; those of the model by default.
+
     Raises:
         BadInput: a file is malformed or too short for one window.
+        UsageError: a prompt is longer than the context.
     """
     given = recipe.texts
-    context = source.decoder.context_length
+    longest = source.decoder.context_length
+    context = longest if context is None else context
     origins: dict[str, str] = {}
     calibration: Windows | Imatrix | None = None
     if calibrate and recipe.quantize.imatrix is not None:
         calibration = imatrix.read(recipe.quantize.imatrix, source.decoder)
         origins["calibration"] = recipe.quantize.imatrix.name
     elif calibrate:
-        length = min(recipe.quantize.calibration_length, context)
+        length = min(recipe.quantize.calibration_length, longest)
         count = recipe.quantize.calibration_windows
         origins["calibration"] = given.calibration.name if given.calibration else SAMPLED
         calibration = _read_or_sample(
@@ -78,7 +89,7 @@ def read_texts(
             origins["out_of_distribution"] = given.eval_ood.name
             judged["out_of_distribution"] = _read(given.eval_ood, source, length, count)
     files = [path for path in (given.calibration, given.eval, given.eval_ood) if path]
-    prompts = _prompts(recipe, source, judged) if validate else {}
+    prompts = _prompts(recipe, source, judged, context) if validate else {}
     return Texts(calibration, judged, origins, files, prompts)
 
 
@@ -116,7 +127,9 @@ def _read(path: Path, source: Source, length: int, count: int) -> Windows:
     )
 
 
-def _prompts(recipe: Recipe, source: Source, judged: Mapping[str, Windows]) -> dict[str, list[int]]:
+def _prompts(
+    recipe: Recipe, source: Source, judged: Mapping[str, Windows], context: int
+) -> dict[str, list[int]]:
     """The recipe's prompts as the model reads a chat; without any, the starts of windows."""
     tokenizer = source.tokenizer
     prompts: dict[str, list[int]] = {}
@@ -127,10 +140,10 @@ def _prompts(recipe: Recipe, source: Source, judged: Mapping[str, Windows]) -> d
         else:
             prompts[words] = tokenizer.encode(rendered)
     for words, ids in prompts.items():
-        if len(ids) >= source.decoder.context_length:
+        if len(ids) >= context:
             raise UsageError(
                 f"a prompt under [validate] has {len(ids)} tokens: {words[:40]!r}...",
-                f"the model's context is {source.decoder.context_length} tokens",
+                f"the context of model and targets is {context} tokens",
                 "give a shorter prompt",
             )
     if not prompts:

@@ -91,12 +91,11 @@ def judge(case: Case, runtime: Runtime, work: Path, progress: Progress) -> Judge
     conforms = conformance.check(case.tokenizer, case.file, runtime)
     errors = {text: _errors(case, text, runtime, work, progress) for text in case.texts}
     prompts = list(case.prompts.values())
+    count = min(GOLDEN_TOKENS, case.context - max(map(len, prompts)))
     golden = runtime.generate(
-        case.file, prompts, GOLDEN_TOKENS, kv_cache=case.kv_cache, adapter=case.adapter
+        case.file, prompts, count, kv_cache=case.kv_cache, adapter=case.adapter
     )
-    expected = reference.generate(
-        case.oracle, prompts, GOLDEN_TOKENS, eos_ids=case.tokenizer.eos_ids
-    )
+    expected = reference.generate(case.oracle, prompts, count, eos_ids=case.tokenizer.eos_ids)
     return Judgement(
         accuracy={text: found.whole for text, found in errors.items()},
         quantization=errors[HELD_OUT].quantization,
