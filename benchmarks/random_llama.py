@@ -11,7 +11,6 @@ import zlib
 from collections.abc import Mapping
 from itertools import groupby, islice, product
 from pathlib import Path
-from string import ascii_lowercase
 from typing import Any
 
 import torch
@@ -48,9 +47,10 @@ def random_llama(layers: int, parent: Path, shape: Mapping[str, Any] = TINY_LLAM
     """The model's folder in `parent`; written at the first call (2.2 GB with 22 layers)."""
     suffix = "" if shape is TINY_LLAMA else f"-{shape['hidden_size']}"
     folder = parent / f"random-llama-{layers}{suffix}"
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_tokenizer(folder, shape["vocab_size"])
     if (folder / "config.json").exists():  # written last
         return folder
-    folder.mkdir(parents=True, exist_ok=True)
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -64,7 +64,6 @@ def random_llama(layers: int, parent: Path, shape: Mapping[str, Any] = TINY_LLAM
         "eos_token_id": 1,
     }
     _write_weights(folder, config)
-    _write_tokenizer(folder, config["vocab_size"])
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     return folder
 
@@ -90,9 +89,14 @@ def _values(name: str, shape: tuple[int, ...]) -> torch.Tensor:
 
 
 def _write_tokenizer(folder: Path, size: int) -> None:
-    """Two special tokens, the 256 bytes, and the first strings of two, three and four letters."""
-    pieces = [_BOS, _EOS, *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    longer = ("".join(word) for n in (2, 3, 4) for word in product(ascii_lowercase, repeat=n))
+    """Two special tokens, the 256 bytes, and strings of two and three that merge in one way only.
+
+    Their first letters, second ones and third ones are different bytes.
+    """
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    pieces = [_BOS, _EOS, *letters]
+    places = [letters[place::3] for place in range(3)]
+    longer = ("".join(word) for n in (2, 3) for word in product(*places[:n]))
     words = list(islice(longer, size - len(pieces)))
     vocabulary = {piece: index for index, piece in enumerate([*pieces, *words])}
     tokenizer = Tokenizer(models.BPE(vocabulary, [(word[:-1], word[-1]) for word in words]))

@@ -57,6 +57,7 @@ def find_scale(
     weight: Float32, grid: Grid, search: bool = True, importance: Float32 | None = None
 ) -> Float32:
     """The rounded scale of every group of `weight` (rows, columns): float32 (rows, groups)."""
+    assert grid.levels is None, "codebook.py solves these"
     rows, columns = weight.shape
     groups = grid.groups(columns)
     table = np.ascontiguousarray(weight, np.float32).reshape(rows * groups, columns // groups)

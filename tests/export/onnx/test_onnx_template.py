@@ -10,10 +10,13 @@ from typing import Any
 import onnxruntime_genai as genai
 import pytest
 
+from slimport.architectures import decoder_config
+from slimport.checkpoint import read_json
 from slimport.errors import BadInput
 from slimport.export.onnx import template
 from slimport.export.onnx import tokenizer as container
 from slimport.export.onnx.notes import notes
+from slimport.quantize.plan import make_plan
 from slimport.tokenizer.conformance import CHATS, Chat
 from slimport.tokenizer.tokenizer import Tokenizer
 
@@ -189,6 +192,12 @@ WITHHELD = {
 }
 
 
+def said_of(tokenizer: Tokenizer, preset: str = "int4") -> list[str]:
+    """The container's notes on a model with this tokenizer."""
+    config = decoder_config(read_json(tokenizer.folder / "config.json"))
+    return notes(config, make_plan(config, preset, "rtn"), tokenizer)
+
+
 @pytest.fixture(scope="module")
 def source(make_model: Any) -> Tokenizer:
     return Tokenizer.open(make_model("llama"))
@@ -235,7 +244,7 @@ def test_what_is_withheld_says_why(written: str, source: Tokenizer, tmp_path: Pa
     assert reason is not None and WITHHELD[written] in reason
     tokenizer = replace(source, chat_template=written)
     assert rendered(tokenizer, tmp_path) == [None] * len(CHATS)  # nobody overlooks that
-    assert any(reason in note for note in notes(None, None, tokenizer))  # type: ignore[arg-type]
+    assert any(reason in note for note in said_of(tokenizer))
 
 
 def test_the_shipped_template_is_needed_as_it_is_written(source: Tokenizer, tmp_path: Path) -> None:
@@ -260,12 +269,19 @@ def test_wide_spaces_are_known_not_to_be_trimmed(source: Tokenizer, tmp_path: Pa
         tokenizer = replace(source, chat_template=written)
         (found,) = rendered(tokenizer, tmp_path, [chat])
         assert (found != expected(tokenizer, chat)) == trims
-        said = notes(None, None, tokenizer)  # type: ignore[arg-type]
+        said = said_of(tokenizer)
         assert any("trims" in note for note in said) == trims
 
 
 def test_bos_is_named_for_prompts_without_a_template(source: Tokenizer, make_model: Any) -> None:
-    (bos, trims) = notes(None, None, source)  # type: ignore[arg-type]
+    (bos, trims) = said_of(source)
     assert "`<|bos|>`" in bos and "trims" in trims
-    (nfc, _) = notes(None, None, Tokenizer.open(make_model("qwen2")))  # type: ignore[arg-type]
+    (nfc, _) = said_of(Tokenizer.open(make_model("qwen2")))
     assert "NFC" in nfc and "onnxruntime-genai" in nfc
+
+
+def test_slow_operators_are_named(tiny_llama: Path) -> None:
+    assert any(
+        "nf4-g64 is a reference" in note for note in said_of(Tokenizer.open(tiny_llama), "nf4")
+    )
+    assert not any("nf4" in note for note in said_of(Tokenizer.open(tiny_llama)))
