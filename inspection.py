@@ -15,6 +15,7 @@ from . import bundle
 from .architectures import decoder_config
 from .errors import DependencyMissing
 from .export.gguf import reader
+from .export.qnn import sdk
 from .quantize.plan import Plan, grid_summary
 from .recipe import Recipe
 from .shipping import containers
@@ -111,7 +112,8 @@ def doctor() -> list[Check]:
     """What is installed, and which containers work here."""
     checks = [Check("python", sys.version_info >= (3, 11), platform.python_version())]
     checks += [_library(name) for name in _LIBRARIES]
-    return checks + [_container(name) for name in containers.NAMES]
+    checks += [_container(name) for name in containers.NAMES if name != "qnn"]
+    return [*checks, _qnn()]
 
 
 def _container(name: str) -> Check:
@@ -119,6 +121,15 @@ def _container(name: str) -> Check:
         return Check(f"container {name}", True, containers.load(name).runtime.version())
     except DependencyMissing as error:
         return Check(f"container {name}", False, error.why, error.cure)
+
+
+def _qnn() -> Check:
+    """An extra: what is missing stops no other container."""
+    try:
+        sdk.require()
+        return Check("container qnn", True, f"{sdk.DISTRIBUTION} {sdk.VERSION}")
+    except DependencyMissing as error:
+        return Check("container qnn", True, "optional: not usable here", error.cure)
 
 
 def _library(name: str) -> Check:

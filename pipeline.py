@@ -63,7 +63,9 @@ def export(
     ready = None if quantized is None else _same_origin(source, plan, quantized)
     jobs = plan_jobs(recipe, source, plan)
     with bundle.work_folder(recipe.output) as work:
-        calibrate = plan.calibrated and ready is None
+        calibrate = (plan.calibrated and ready is None) or any(
+            job.container.CALIBRATED for job in jobs
+        )
         texts = read_texts(
             recipe,
             source,
@@ -230,10 +232,12 @@ def validate(
             context=job.deployment.context,
         )
         files = job.files(source, plan)
+        texts = shipment.fitted_texts(job, texts, files)
         case = shipment.case_of(job, source, quantized, texts, files)
         judged = judge(case, job.runtime, work, progress)
     errors = manifest["errors"]
     found = shipment.report_on(job, recipe, source, quantized, texts, files, judged, errors)
+    found["inputs"] = manifest["inputs"] | found["inputs"]  # files do not show all that went in
     return report.joined(found, report.measurements(judged.measurements))
 
 

@@ -34,6 +34,8 @@ METRICS = {
     "kl_mean": Metric("nats"),
     "ppl_ratio": Metric("ratio"),
     "top1": Metric("fraction", at_least=True),
+    "npu_nodes": Metric("fraction", at_least=True),
+    "npu_weight_bytes": Metric("fraction", at_least=True),
 }
 
 

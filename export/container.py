@@ -18,6 +18,7 @@ from ..quantize.blocks import Quantized
 from ..quantize.grid import Float32
 from ..quantize.plan import Plan
 from ..quantize.store import QuantizedCheckpoint
+from ..quantize.windows import Windows
 from ..tokenizer.tokenizer import Tokenizer
 
 
@@ -45,10 +46,14 @@ class Deployment:
     Attributes:
         context: tokens of a text and its continuation that the device keeps.
         adapted: kinds of the matrices that separate adapters change at run time.
+        hexagon: version of the Hexagon processor that a target names.
+        calibration: text that activations are observed on, for a container that is CALIBRATED.
     """
 
     context: int
     adapted: frozenset[Kind] = frozenset()
+    hexagon: int | None = None
+    calibration: Windows | None = None
 
 
 class Minimum(NamedTuple):
@@ -74,6 +79,18 @@ class Container(Protocol):
     def LIBRARIES(self) -> tuple[str, ...]:
         """Distributions that the bytes of the files depend on."""
 
+    @property
+    def CALIBRATED(self) -> bool:
+        """Whether `write` observes activations on the calibration text."""
+
+    @property
+    def PROOF(self) -> tuple[str, ...]:
+        """Files that `read_back` needs and a device does not."""
+
+    @property
+    def ESTIMATED(self) -> tuple[str, ...]:
+        """Files whose size `predict` can only estimate: another compiler makes them."""
+
     def context_length(self, config: DecoderConfig) -> int:
         """The longest text that the runtime computes as transformers does."""
 
@@ -83,6 +100,9 @@ class Container(Protocol):
     def refuse(self, config: DecoderConfig, plan: Plan, tokenizer: Tokenizer) -> None:
         """Raise Unsupported if the container cannot hold this exactly; before any work starts."""
 
+    def refuse_deployment(self, deployment: Deployment) -> None:
+        """Raise Unsupported if no files can be made for this; before any work starts."""
+
     def predict(
         self,
         config: DecoderConfig,
@@ -91,7 +111,10 @@ class Container(Protocol):
         name: str,
         deployment: Deployment,
     ) -> dict[str, int]:
-        """{file name: bytes} of what `write` would write, to the byte; `name` is the model's."""
+        """{file name: bytes} of what `write` would write; `name` is the model's.
+
+        To the byte, but for the files that are ESTIMATED.
+        """
 
     def tensor_bytes(self, config: DecoderConfig, plan: Plan) -> dict[str, int]:
         """{source name: bytes} that each weight takes in the file, padding left out."""

@@ -11,7 +11,7 @@ from ..errors import DependencyMissing, Unsupported
 from ..export.container import Container
 from ..validation.runtime import Runtime
 
-NAMES = ("gguf", "onnx")
+NAMES = ("gguf", "onnx", "qnn")
 
 
 class Pair(NamedTuple):
@@ -39,6 +39,11 @@ def load(name: str) -> Pair:
             from ..validation.runtimes import onnxruntime
 
             return Pair(onnx, onnxruntime)
+        if name == "qnn":
+            from ..export import qnn
+            from ..validation.runtimes import qnn as emulator
+
+            return Pair(qnn, emulator)
     except ImportError as error:
         raise DependencyMissing(
             f"container {name} cannot be used",

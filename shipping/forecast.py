@@ -33,16 +33,18 @@ _OWN_INPUTS = (Kind.Q, Kind.QKV, Kind.ATTENTION_OUTPUT, Kind.GATE, Kind.GATE_UP,
 
 @dataclass(frozen=True, slots=True)
 class JobForecast:
-    """One target: {file name: bytes}, to the byte."""
+    """One target: {file name: bytes}, to the byte but for those that are `estimated`."""
 
     target: str
     container: str
     files: Mapping[str, int]
+    estimated: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
-    """Predictions in bytes and seconds; `files` are exact, the rest are estimates.
+    """Predictions in bytes and seconds; files are exact where their job does not call
+    them estimated, the rest are estimates.
 
     Attributes:
         grids: weights and bytes by grid and method.
@@ -78,7 +80,12 @@ def forecast(recipe: Recipe, *, offline: bool = False) -> Forecast:
     if recipe.quantize.imatrix:
         imatrix.read(recipe.quantize.imatrix, source.decoder)
     jobs = [
-        JobForecast(job.target.name, job.container.NAME, job.predict(source, plan))
+        JobForecast(
+            job.target.name,
+            job.container.NAME,
+            job.predict(source, plan),
+            job.container.ESTIMATED,
+        )
         for job in plan_jobs(recipe, source, plan)
     ]
     model_bytes = sum(sum(job.files.values()) for job in jobs)

@@ -14,12 +14,13 @@ from ..errors import Unsupported, UsageError, ValidationFailed
 from ..export.container import Container, Deployment
 from ..quantize.plan import Plan
 from ..quantize.store import QuantizedCheckpoint
+from ..quantize.windows import Windows
 from ..recipe import Recipe
 from ..targets import limits
 from ..targets.target import Limit, Target, load_target
 from ..validation import budget, conformance, report
 from ..validation.footprint import footprint
-from ..validation.judge import Case, Judgement, golden_json, judge
+from ..validation.judge import Case, Judgement, fitted, golden_json, judge
 from ..validation.runtime import Runtime
 from ..validation.runtimes.reference import Oracle
 from . import assembly, containers
@@ -47,7 +48,10 @@ class Job:
 
     def files(self, source: Source, plan: Plan) -> Files:
         """Those of the finished bundle."""
-        paths = {name: self.destination / name for name in self.predict(source, plan)}
+        predicted = self.predict(source, plan)
+        paths = {
+            name: self.destination / name for name in predicted if name not in self.container.PROOF
+        }
         adapters = {name: path for name, path in paths.items() if name.startswith(_ADAPTERS)}
         base = {name: path for name, path in paths.items() if name not in adapters}
         return Files(tuple(base.values()), tuple(adapters.values()))
@@ -74,7 +78,8 @@ def make_job(target: Target, container: Container, source: Source, destination: 
     changed = {name for adapter in separate_adapters(source) for name in adapter.deltas}
     kinds = {weight.kind for weight in weights(source.decoder) if weight.name in changed}
     target = replace(target, context_length=context, kv_cache=cache)
-    return Job(target, container, destination, Deployment(context, frozenset(kinds)))
+    deployment = Deployment(context, frozenset(kinds), target.hexagon)
+    return Job(target, container, destination, deployment)
 
 
 def plan_jobs(recipe: Recipe, source: Source, plan: Plan) -> list[Job]:
@@ -97,7 +102,9 @@ def plan_jobs(recipe: Recipe, source: Source, plan: Plan) -> list[Job]:
         container.refuse(source.decoder, plan, source.tokenizer)
         for adapter in separate_adapters(source):
             container.refuse_adapter(adapter)
-        jobs.append(make_job(target, container, source, recipe.output / target.name))
+        job = make_job(target, container, source, recipe.output / target.name)
+        container.refuse_deployment(job.deployment)
+        jobs.append(job)
     names = [job.target.name for job in jobs]
     for name in names:
         if names.count(name) > 1:
@@ -131,6 +138,7 @@ def build(
     progress: Progress,
 ) -> None:
     """One bundle, from packing to the swap; a broken budget leaves it at NAME.failed."""
+    job = calibrated(job, texts)
     with bundle.building(job.destination) as folder:
         files = pack(job, source, quantized, folder, progress)
         assembly.copy_licenses(source, texts.files, folder)
@@ -143,6 +151,7 @@ def build(
             )
             bundle.write_manifest(folder, _manifest(job, recipe, source, quantized, texts, None))
             return
+        texts = fitted_texts(job, texts, files)
         case = case_of(job, source, quantized, texts, files)
         judgement = judge(case, job.runtime, work, progress)
         found = report_on(job, recipe, source, quantized, texts, files, judgement, quantized.errors)
@@ -181,7 +190,26 @@ def pack(
             "export again; if it stays, report it with the model's config.json",
         )
     progress(stage, 2, 2)
-    return Files(tuple(written), tuple(adapters))
+    proof = {folder / name for name in job.container.PROOF}
+    return Files(tuple(path for path in written if path not in proof), tuple(adapters))
+
+
+def calibrated(job: Job, texts: Texts) -> Job:
+    """The job with the text that its container observes activations on, if it does."""
+    if not job.container.CALIBRATED or not isinstance(texts.calibration, Windows):
+        return job
+    return replace(job, deployment=replace(job.deployment, calibration=texts.calibration))
+
+
+def fitted_texts(job: Job, texts: Texts, files: Files) -> Texts:
+    """As much of the texts as the runtime can judge; where that is less, their origins say so."""
+    effort = job.runtime.effort(files.model)
+    judged = {name: fitted(windows, effort) for name, windows in texts.judged.items()}
+    origins = dict(texts.origins)
+    for name, windows in judged.items():
+        if (count := windows.ids.size) < (whole := texts.judged[name].ids.size):
+            origins[name] += f", {count} of {whole} tokens: as many as a slow runtime can judge"
+    return replace(texts, judged=judged, origins=origins)
 
 
 def case_of(
@@ -244,13 +272,19 @@ def report_on(
         ],
         texts=texts.origins,
         samples=_samples(source, judgement),
-        inputs=assembly.inputs(source, quantized, texts.judged),
+        inputs=_inputs(job, source, quantized, texts),
         tools=assembly.tools(job.container),
         findings=limits.findings(job.target, files.model.parent, sizes.download_bytes),
         not_judged=[
-            f"adapter {path.stem}: only {files.adapters[0].stem} was judged beside the base"
-            for path in files.adapters[1:]
+            *runtime.UNKNOWN,
+            *(
+                f"adapter {path.stem}: only {files.adapters[0].stem} was judged beside the base"
+                for path in files.adapters[1:]
+            ),
         ],
+        accelerator=None
+        if (found := runtime.accelerator(files.model)) is None
+        else found.to_json(),
         fallbacks=quantized.plan.fallbacks,
         notes=assembly.notes(job.container, source, quantized.plan),
     )
@@ -268,6 +302,15 @@ def _samples(source: Source, judgement: Judgement) -> list[dict[str, str]]:
         }
         for prompt, generation in judgement.golden.items()
     ]
+
+
+def _inputs(
+    job: Job, source: Source, quantized: QuantizedCheckpoint, texts: Texts
+) -> dict[str, Any]:
+    """As assembly.inputs, with the text that activations were observed on."""
+    found = assembly.inputs(source, quantized, texts.judged)
+    observed = job.deployment.calibration
+    return found if observed is None else found | {"activations": observed.digest}
 
 
 def _limits(job: Job, recipe: Recipe) -> dict[str, Limit]:
@@ -307,7 +350,7 @@ def _manifest(
         "fallbacks": quantized.plan.fallbacks,
         "notes": assembly.notes(job.container, source, quantized.plan),
         "config": _public(quantized.config),
-        "inputs": assembly.inputs(source, quantized, texts.judged),
+        "inputs": _inputs(job, source, quantized, texts),
         "recipe": recipe.to_json(),
         "tools": assembly.tools(job.container),
         "minimum_runtime": minimum._asdict(),

@@ -48,6 +48,7 @@ class Target:
         prompt_lengths: tokens of the prompts that latency is measured with.
         budgets: metric of settings.METRICS -> its limit.
         limits: key of targets.limits.LIMITS -> bytes that the platform or its store allows.
+        hexagon: version of the NPU's processor, one of HEXAGONS; None: no container needs it.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Target:
     prompt_lengths: tuple[int, ...]
     budgets: Mapping[str, Limit]
     limits: Mapping[str, Limit]
+    hexagon: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -106,7 +108,7 @@ def load_target(name: str) -> Target:
     """
     path = _find(name, Path.cwd())
     table = _extended(path, ())
-    required = {part for part in Target.__slots__ if part != "name"}
+    required = {part for part in Target.__slots__ if part not in ("name", "hexagon")}
     if missing := sorted(required - table.keys()):
         raise UsageError(
             f"{path.name} has no {', '.join(missing)}",
@@ -186,6 +188,13 @@ def _kv_cache(value: Any, place: Place) -> str:
     return str(value)
 
 
+def _hexagon(value: Any, place: Place) -> int:
+    if value not in HEXAGONS or isinstance(value, bool):
+        raise wrong(place, value, f"one of {', '.join(map(str, HEXAGONS))}")
+    return int(value)
+
+
+HEXAGONS = (73, 75, 79, 81)  # an unknown one would silently become v68
 ISA = ("arm64", "dotprod", "i8mm", "sve", "avx2", "avx512")
 KV_CACHES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
 LIMITS = ("store_module", "store_pack", "store_packs_total", "page")
@@ -200,4 +209,5 @@ _KEYS: dict[str, Reader] = {
     "prompt_lengths": _lengths,
     "budgets": _budgets,
     "limits": _limits,
+    "hexagon": _hexagon,
 }

@@ -108,7 +108,10 @@ def forecast(found: Forecast) -> None:
     """The plan, predicted bytes, memory, disk and time of a dry run."""
     grids(found.grids)
     for job in found.jobs:
-        rows = [[name, format_size(size)] for name, size in job.files.items()]
+        rows = [
+            [name, f"{'about ' if name in job.estimated else ''}{format_size(size)}"]
+            for name, size in job.files.items()
+        ]
         table(f"{job.target}: {job.container}", ["file", "bytes"], rows)
     table(
         "",

@@ -14,6 +14,8 @@ from ..errors import BudgetExceeded, SlimportError, ValidationFailed
 from ..settings import METRICS, format_size
 from ..targets.target import Limit
 
+_NPU = ("npu_nodes", "npu_weight_bytes")
+
 
 @dataclass(frozen=True, slots=True)
 class Budget:
@@ -54,6 +56,7 @@ def measured(report: Mapping[str, Any]) -> dict[str, float]:
     found = {
         **{key: footprint.get(key) for key in ("device_bytes", "download_bytes", "model_bytes")},
         **{key: accuracy.get(key) for key in ("kl_mean", "top1")},
+        **{key: _table(report, "accelerator").get(key) for key in _NPU},
         "memory_bytes": _total(memory, ("mapped", *anonymous)),
         "anonymous_bytes": _total(memory, anonymous),
         "ppl_ratio": ratio(accuracy),
@@ -101,6 +104,12 @@ def failure(report: Mapping[str, Any]) -> SlimportError | None:
         )
     if not broken:
         return None
+    if any(budget.metric in _NPU for budget in broken):
+        return ValidationFailed(
+            words,
+            "a part of the model would run on the phone's CPU, and every token would wait for it",
+            "report it with the model's config.json; --container gguf runs all of it on the CPU",
+        )
     if any(budget.unit != "bytes" for budget in broken):
         return ValidationFailed(
             words,

@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 
 from ..errors import ValidationFailed
-from ..quantize.windows import Windows
+from ..quantize.windows import Windows, windows_of
 from ..tokenizer.tokenizer import Tokenizer
 from . import conformance, divergence, logits
 from .conformance import Conformance
 from .divergence import Divergence
-from .runtime import Generation, Ids, Measurements, Runtime
+from .runtime import Effort, Generation, Ids, Measurements, Runtime
 from .runtimes import reference
 from .runtimes.reference import Oracle
 
@@ -89,11 +89,19 @@ def judge(case: Case, runtime: Runtime, work: Path, progress: Progress) -> Judge
             are not finite.
     """
     conforms = conformance.check(case.tokenizer, case.file, runtime)
+    effort = runtime.effort(case.file)
     errors = {text: _errors(case, text, runtime, work, progress) for text in case.texts}
     prompts = list(case.prompts.values())
     count = min(GOLDEN_TOKENS, case.context - max(map(len, prompts)))
+    if effort is not None:
+        count = min(count, effort.generated)
     golden = runtime.generate(
-        case.file, prompts, count, kv_cache=case.kv_cache, adapter=case.adapter
+        case.file,
+        prompts,
+        count,
+        kv_cache=case.kv_cache,
+        adapter=case.adapter,
+        progress=_stage(progress, "greedy answers", "prompts"),
     )
     expected = reference.generate(case.oracle, prompts, count, eos_ids=case.tokenizer.eos_ids)
     return Judgement(
@@ -113,6 +121,18 @@ def judge(case: Case, runtime: Runtime, work: Path, progress: Progress) -> Judge
         golden=dict(zip(case.prompts, golden, strict=True)),
         expected=dict(zip(case.prompts, expected, strict=True)),
     )
+
+
+def fitted(windows: Windows, effort: Effort | None) -> Windows:
+    """As much of a text as a runtime can judge: fewer windows, evenly spread, or shorter ones."""
+    if effort is None:
+        return windows
+    count, length = windows.ids.shape
+    length = min(length, effort.length, max(_SHORT, effort.tokens // 2))
+    kept = min(count, max(1, effort.tokens // length))
+    places = np.linspace(0, count - 1, kept).astype(np.int64)
+    found = windows_of(np.ascontiguousarray(windows.ids[places, :length]))
+    return windows if found.digest == windows.digest else found
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,6 +24,8 @@ TITLES = {
     "kl_mean": "Mean KL divergence",
     "ppl_ratio": "Perplexity, artifact over reference",
     "top1": "Top-1 agreement",
+    "npu_nodes": "Operators on the NPU",
+    "npu_weight_bytes": "Weights on the NPU",
 }
 MEMORY = {
     "mapped": "weights, mapped from the file",
@@ -32,7 +34,13 @@ MEMORY = {
     "compute": "compute buffers",
     "adapter": "separate adapter",
 }
-CONTAINERS = {"gguf": "GGUF", "onnx": "ONNX", "coreml": "Core ML", "executorch": "ExecuTorch"}
+CONTAINERS = {
+    "gguf": "GGUF",
+    "onnx": "ONNX",
+    "qnn": "QNN",
+    "coreml": "Core ML",
+    "executorch": "ExecuTorch",
+}
 
 
 def render(joined: Mapping[str, Any]) -> str:

@@ -50,6 +50,7 @@ class Subject:
         not_judged: in words, what ships and was not run here.
         fallbacks: as Plan.fallbacks.
         notes: as Container.notes.
+        accelerator: shares of nodes and weights on the NPU; None for a CPU's container.
     """
 
     model: Mapping[str, Any]
@@ -69,6 +70,7 @@ class Subject:
     not_judged: Sequence[str] = ()
     fallbacks: Mapping[str, Sequence[str]] = field(default_factory=dict)
     notes: Sequence[str] = ()
+    accelerator: Mapping[str, float] | None = None
 
 
 def build(subject: Subject, judgement: Judgement, codes_equal: bool) -> dict[str, Any]:
@@ -91,6 +93,7 @@ def build(subject: Subject, judgement: Judgement, codes_equal: bool) -> dict[str
             "kv_cache": subject.target.kv_cache,
             "isa": list(subject.target.isa),
         },
+        **({"accelerator": dict(subject.accelerator)} if subject.accelerator else {}),
         **_judged(judgement, codes_equal),
         "adapters": [dict(adapter) for adapter in subject.adapters],
         "layers": [dict(row) for row in subject.layers],

@@ -125,12 +125,48 @@ class Vocabulary:
     chat_template: str | None
 
 
+@dataclass(frozen=True, slots=True)
+class Effort:
+    """How much can be asked of a slow runtime.
+
+    Attributes:
+        length: tokens of one window, at most.
+        tokens: of all windows of a text, at most.
+        generated: tokens after a prompt, at most.
+    """
+
+    length: int
+    tokens: int
+    generated: int
+
+
+@dataclass(frozen=True, slots=True)
+class Accelerator:
+    """How much of a model an NPU runs, as shares: the rest falls to the CPU."""
+
+    npu_nodes: float
+    npu_weight_bytes: float
+
+    def to_json(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in self.__slots__}
+
+
 class Runtime(Protocol):
     """Executes a container; every function opens the file in a child process."""
 
     @property
     def PREDICTED(self) -> tuple[str, ...]:
         """The parts of Memory that `memory_on` predicts; the others are as measured here."""
+
+    @property
+    def UNKNOWN(self) -> tuple[str, ...]:
+        """In words, what this runtime cannot say of a device."""
+
+    def effort(self, file: Path) -> Effort | None:
+        """How much can be asked of it; None: all that a recipe asks for."""
+
+    def accelerator(self, file: Path) -> Accelerator | None:
+        """How much of the model the device's NPU runs; None: it is for the CPU."""
 
     def version(self) -> str:
         """The runtime's name and version, as it stands in reports."""

@@ -26,9 +26,12 @@ from .vocabulary import vocabulary_metadata
 from .writer import TensorInfo, Value, file_bytes, write_file
 
 __all__ = [
+    "CALIBRATED",
+    "ESTIMATED",
     "FILE",
     "LIBRARIES",
     "NAME",
+    "PROOF",
     "check",
     "check_adapter",
     "context_length",
@@ -41,6 +44,7 @@ __all__ = [
     "readme",
     "refuse",
     "refuse_adapter",
+    "refuse_deployment",
     "refuse_foreign_adapter",
     "tensor_bytes",
     "write",
@@ -50,6 +54,7 @@ __all__ = [
 NAME = "gguf"
 FILE = "model.gguf"
 LIBRARIES = ("gguf", "xllamacpp")
+CALIBRATED, PROOF, ESTIMATED = False, tuple[str, ...](), tuple[str, ...]()
 
 
 def context_length(config: DecoderConfig) -> int:
@@ -66,6 +71,10 @@ def refuse(config: DecoderConfig, plan: Plan, tokenizer: Tokenizer) -> None:
     """Raise Unsupported if GGUF or llama.cpp cannot hold this exactly."""
     layout.tensor_infos(config, plan)
     vocabulary_metadata(tokenizer, config.vocab_size)
+
+
+def refuse_deployment(deployment: Deployment) -> None:
+    """The same files serve every device."""
 
 
 def predict(

@@ -32,9 +32,12 @@ from .graph import DATA
 from .notes import notes
 
 __all__ = [
+    "CALIBRATED",
+    "ESTIMATED",
     "FILE",
     "LIBRARIES",
     "NAME",
+    "PROOF",
     "check",
     "check_adapter",
     "context_length",
@@ -47,6 +50,7 @@ __all__ = [
     "readme",
     "refuse",
     "refuse_adapter",
+    "refuse_deployment",
     "refuse_foreign_adapter",
     "tensor_bytes",
     "write",
@@ -56,6 +60,7 @@ __all__ = [
 NAME = "onnx"
 FILE = reader.MODEL
 LIBRARIES = ("onnx", "onnx-ir", "onnxruntime", "onnxruntime-genai")
+CALIBRATED, PROOF, ESTIMATED = False, tuple[str, ...](), tuple[str, ...]()
 _ANY_DIGEST = "sha256:" + "0" * 64
 _HEAD_STEP = 16  # GroupQueryAttention rotates pairs in steps of 8
 
@@ -81,6 +86,10 @@ def refuse(config: DecoderConfig, plan: Plan, tokenizer: Tokenizer) -> None:
                 f"GroupQueryAttention takes multiples of {_HEAD_STEP}",
                 "write GGUF: --container gguf",
             )
+
+
+def refuse_deployment(deployment: Deployment) -> None:
+    """The same files serve every device."""
 
 
 def predict(

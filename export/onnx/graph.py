@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from .layout import Stored
+from .layout import INT4, Stored
 
 CONTRIB = "com.microsoft"  # onnxruntime's own operators, ContribOperators.md
 OPSET, CONTRIB_OPSET, IR_VERSION = 21, 1, 10
+OPSETS = {"": OPSET, CONTRIB: CONTRIB_OPSET}
 DATA = "model.onnx.data"
 
 Shape = Sequence[int | str]
 Tensor = ir.TensorProtocol
 _TYPES = {
+    INT4: ir.DataType.INT4,
+    "|i1": ir.DataType.INT8,
     "|u1": ir.DataType.UINT8,
     "<f2": ir.DataType.FLOAT16,
     "<f4": ir.DataType.FLOAT,
@@ -29,9 +32,14 @@ class Graph:
 
     Values are onnx_ir's; an operator is named after what it computes, so that a profile of the
     finished model can be read.
+
+    Args:
+        data: the file of stored tensors, beside the model.
+        opsets: {domain: version} of the operators.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, data: str = DATA, opsets: Mapping[str, int] = OPSETS) -> None:
+        self._data, self._opsets = data, dict(opsets)
         self._inputs: list[ir.Value] = []
         self._outputs: list[ir.Value] = []
         self._nodes: list[ir.Node] = []
@@ -61,7 +69,7 @@ class Graph:
         """A tensor of the data file."""
         return self._initializer(
             ir.ExternalTensor(
-                DATA,
+                self._data,
                 tensor.offset,
                 tensor.nbytes,
                 _TYPES[tensor.dtype],
@@ -107,6 +115,10 @@ class Graph:
         self._nodes.append(node)
         return tuple(node.outputs)
 
+    def remove(self, node: ir.Node) -> None:
+        """Take back a node whose outputs nothing reads."""
+        self._nodes.remove(node)
+
     def once(self, name: str, make: Callable[[], ir.Value]) -> ir.Value:
         """What `make` gives, made the first time that `name` is asked for."""
         if name not in self._made:
@@ -121,7 +133,7 @@ class Graph:
             nodes=self._nodes,
             initializers=list(self._initializers.values()),
             name=name,
-            opset_imports={"": OPSET, CONTRIB: CONTRIB_OPSET},
+            opset_imports=self._opsets,
         )
         model = ir.Model(
             graph, ir_version=IR_VERSION, producer_name="slimport", metadata_props=properties

@@ -26,6 +26,7 @@ from ...quantize.plan import Choice, Plan
 from ..container import Deployment
 
 ALIGNMENT = 64
+INT4 = "int4"
 FLOAT_MATRIX, FLOAT_VECTOR, SCALE = "<f2", "<f4", "<f2"
 GRIDS = ("int4-g32", "int4-g32-signed", "int8-row", "int8-g32", "int2-g64", "int2-g256", "nf4-g64")
 _QKV = (Kind.Q, Kind.K, Kind.V)
@@ -39,7 +40,7 @@ class Stored:
     """A tensor in the data file.
 
     Attributes:
-        dtype: as numpy writes it, such as "<f2".
+        dtype: as numpy writes it, such as "<f2", or INT4, two numbers to a byte.
         choices: the weights it is made of, one after the other along their rows; none for a table
             of the rope.
         part: what of these weights it holds.
@@ -55,7 +56,8 @@ class Stored:
 
     @property
     def nbytes(self) -> int:
-        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
+        bits = 4 if self.dtype == INT4 else 8 * np.dtype(self.dtype).itemsize
+        return -(-math.prod(self.shape) * bits // 8)
 
 
 @dataclass(frozen=True, slots=True)

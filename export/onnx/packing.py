@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ...architectures import DecoderConfig
+from ...architectures import DecoderConfig, Rope
 from ...architectures.rotation import angles, rotation_scale
 from ...quantize import packing
 from ...quantize.grid import Float32, Grid, Int8
@@ -46,10 +46,15 @@ def parts(tensor: Stored, model: QuantizedCheckpoint) -> Iterator[npt.NDArray[An
 def rope_parts(tensor: Stored, config: DecoderConfig) -> Iterator[Float32]:
     """A table of the rope: float32 (context, rotated / 2)."""
     _, index, which = tensor.name.split(".")
-    rope = ropes(config)[int(index)]
-    turned = angles(rope, config.head_dim, tensor.shape[0]).astype(np.float64)
-    table = np.sin(turned) if which == "sin" else np.cos(turned)
-    yield table.astype(np.float32) * np.float32(rotation_scale(rope))
+    cos, sin = rope_tables(ropes(config)[int(index)], config.head_dim, tensor.shape[0])
+    yield sin if which == "sin" else cos
+
+
+def rope_tables(rope: Rope, head_dim: int, length: int) -> tuple[Float32, Float32]:
+    """Cosines and sines of the positions below `length`: float32 (length, rotated / 2) each."""
+    turned = angles(rope, head_dim, length).astype(np.float64)
+    scale = np.float32(rotation_scale(rope))
+    return np.cos(turned).astype(np.float32) * scale, np.sin(turned).astype(np.float32) * scale
 
 
 def pack(codes: Int8, grid: Grid) -> UInt8:

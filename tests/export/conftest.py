@@ -141,9 +141,10 @@ class Model:
     def load(self, name: str) -> QuantizedTensor | Float32:
         return self.tensors[name]
 
-    def rows(self, name: str) -> Float32:
+    def rows(self, name: str, start: int = 0, stop: int | None = None) -> Float32:
         tensor = self.tensors[name]
-        return tensor.dequantize() if isinstance(tensor, QuantizedTensor) else tensor
+        values = tensor.dequantize() if isinstance(tensor, QuantizedTensor) else tensor
+        return values[start:stop]
 
     @property
     def records(self) -> dict[str, Record]:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
 from slimport.errors import UsageError
-from slimport.targets.target import Limit, load_target, names
+from slimport.targets.target import Limit, Target, load_target, names
 
 
 @pytest.mark.parametrize("name", names())
 def test_shipped_profiles(name: str) -> None:
     target = load_target(name)
     assert target.name == name
-    assert target.prompt_lengths == (200, 400, 600, 800, 1000)
+    if target.hexagon is None:
+        assert target.prompt_lengths == (200, 400, 600, 800, 1000)
     assert max(target.prompt_lengths) < target.context_length
     for limit in (*target.budgets.values(), *target.limits.values()):
         assert limit.limit > 0 and limit.source
@@ -28,6 +30,15 @@ def test_a_device_extends_its_platform() -> None:
     assert phone.budgets["memory_bytes"].limit > platform.budgets["memory_bytes"].limit
     assert phone.budgets["download_bytes"] == platform.budgets["download_bytes"]
     assert phone.to_json()["budgets"]["top1"]["limit"] == 0.85
+
+
+def test_an_npu_has_its_processor_and_all_of_the_model() -> None:
+    assert load_target("android").hexagon is None
+    for name, hexagon in {"": 73, "-v75": 75, "-v79": 79, "-v81": 81}.items():
+        target = load_target(f"android-qnn{name}")
+        assert (target.hexagon, target.containers) == (hexagon, ("qnn",))
+        assert target.budgets["npu_nodes"].limit == target.budgets["npu_weight_bytes"].limit == 1
+        assert Target.from_json(json.loads(json.dumps(target.to_json()))) == target
 
 
 def test_play_limits() -> None:
@@ -60,6 +71,9 @@ def test_a_users_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ('extends = "android"\n[budgets.top1]\nlimit = 9\nsource = "x"', "budgets.top1.limit is 9"),
         ('extends = "android"\nprompt_lengths = [0]', "prompt_lengths is 0"),
         ('extends = "android"\nprompt_lengths = 9', "prompt_lengths is 9"),
+        ('extends = "android"\nhexagon = 74', "hexagon is 74"),
+        ('extends = "android"\nhexagon = true', "hexagon is True"),
+        ('extends = "android"\nhexagon = "v73"', "hexagon is 'v73'"),
         ('extends = "mine.toml"', "mine.toml extends itself"),
         ('extends = "nokia"', "no target 'nokia'"),
         ('title = "x"', "mine.toml has no budgets, containers"),
@@ -81,5 +95,5 @@ def test_a_circle_of_two(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["nokia", "absent.toml", "../targets/android", ""])
 def test_unknown_names_list_the_known(name: str) -> None:
-    with pytest.raises(UsageError, match="android, galaxy-s24"):
+    with pytest.raises(UsageError, match=r"android, android-qnn, .*, galaxy-s24"):
         load_target(name)

@@ -34,7 +34,21 @@ def test_every_metric_is_measured() -> None:
         "top1": 0.93,
         "ppl_ratio": 1.05,
     }
-    assert measured(REPORT).keys() == METRICS.keys()
+    npu = {"npu_nodes": 1.0, "npu_weight_bytes": 0.5}
+    assert measured({**REPORT, "accelerator": npu}) == measured(REPORT) | npu
+    assert measured(REPORT).keys() | npu.keys() == METRICS.keys()
+
+
+def test_what_the_cpu_would_run_is_a_failure() -> None:
+    report = {**REPORT, "accelerator": {"npu_nodes": 0.99, "npu_weight_bytes": 1.0}}
+    wanted = {metric: Limit(1.0, "here") for metric in ("npu_nodes", "npu_weight_bytes")}
+    budgets = [budget.to_json() for budget in check(report, wanted)]
+    assert [budget["ok"] for budget in budgets] == [False, True]
+    broken = failure({**report, "budgets": budgets, "findings": []})
+    assert isinstance(broken, ValidationFailed) and "npu_nodes is 0.99" in broken.what
+    assert "phone's CPU" in broken.why
+    missing = check(REPORT, wanted)
+    assert not any(budget.ok for budget in missing)  # a report without them never passes
 
 
 def test_a_separate_adapter_is_anonymous_memory() -> None:

@@ -19,10 +19,19 @@ from ..worker import Progress
 from . import llamacpp_memory
 
 PREDICTED = ("mapped", "repacked")
+UNKNOWN: tuple[str, ...] = ()
 _WORKER = "slimport.validation.runtimes.llamacpp_worker"
 
 version = ggml.version
 memory_on = llamacpp_memory.memory_on
+
+
+def effort(file: Path) -> None:
+    """It is as fast as a recipe needs it."""
+
+
+def accelerator(file: Path) -> None:
+    """It runs on the CPU."""
 
 
 def logits(

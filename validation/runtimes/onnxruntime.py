@@ -19,7 +19,16 @@ from ..runtime import Generation, Ids, Measurements, Memory, Speed, Vocabulary
 from ..worker import Progress
 
 PREDICTED = ("mapped", "repacked", "kv_cache", "compute")  # it states none of them
+UNKNOWN: tuple[str, ...] = ()
 _WORKER = "slimport.validation.runtimes.onnxruntime_worker"
+
+
+def effort(file: Path) -> None:
+    """It is as fast as a recipe needs it."""
+
+
+def accelerator(file: Path) -> None:
+    """It runs on the CPU."""
 
 
 def version() -> str:
