@@ -20,6 +20,7 @@ from ...errors import BadInput
 from ...export.qnn import sdk
 from ...export.qnn.compilation import binary_of
 from ...export.qnn.delegation import Delegated, delegated
+from ...tokenizer.conformance import Chat
 from .. import worker
 from ..runtime import Accelerator, Effort, Generation, Ids, Measurements, Memory, Vocabulary
 from ..worker import Progress
@@ -125,7 +126,7 @@ def vocabulary(file: Path) -> Vocabulary:
     )
 
 
-def render(file: Path, chats: Sequence[Any]) -> None:
+def render(file: Path, chats: Sequence[Chat]) -> None:
     """The app renders: no runtime does."""
 
 
