@@ -104,7 +104,8 @@ def read_adapter(path: Path) -> dict[str, Float32]:
     """
     try:
         read = ort.AdapterFormat.read_adapter(str(path))
-        return {name: value.numpy() for name, value in read.get_parameters().items()}
+        # Copies: what `numpy` gives lies in the memory of `read`.
+        return {name: np.array(value.numpy()) for name, value in read.get_parameters().items()}
     except Exception as error:  # onnxruntime raises its own kinds, none of them public
         raise BadInput(
             f"{path.name} is not the adapter that it should be",
