@@ -2,14 +2,50 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from ..architectures import Weight, weights
 from ..errors import BadInput, SlimportError, ValidationFailed
 from ..quantize.blocks import Quantized
 from ..quantize.grid import Float32
+from ..quantize.store import QuantizedCheckpoint
+from ..quantize.tensor import weights_digest
+from .container import ReadBack
+
+
+def compare_weights(
+    model: QuantizedCheckpoint, read: Callable[[Weight], Quantized | float], threads: int = 2
+) -> ReadBack:
+    """Read every weight of finished files and compare its digest with `model`.
+
+    Memory: the codes of one weight per thread.
+
+    Args:
+        read: gives a quantized weight as the files hold it, or the largest error of a float one.
+
+    Raises:
+        ValidationFailed: a weight differs; its name and the first differing element.
+    """
+    digests: dict[str, str] = {}
+    errors: dict[str, float] = {}
+
+    def one(weight: Weight) -> None:
+        name, found = weight.name, read(weight)
+        if isinstance(found, float):
+            errors[name] = found
+            return
+        digests[name] = found.digest(name)
+        if digests[name] != model.records[name].digest:
+            raise difference(name, found, model.load(name))
+
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(one, weights(model.decoder)))
+    return ReadBack(weights_digest(digests), digests, dict(sorted(errors.items())))
 
 
 def difference(name: str, found: Quantized, expected: Quantized | Float32) -> SlimportError:

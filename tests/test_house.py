@@ -9,7 +9,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-HEAVY = {"torch", "numpy", "numba", "transformers", "peft", "gguf", "tokenizers", "rich", "jinja2"}
+HEAVY = set(
+    """torch numpy numba transformers peft gguf tokenizers rich jinja2 onnx onnx_ir onnxruntime
+    onnxruntime_genai onnxruntime_qnn""".split()
+)
 NOT_SHIPPED = {"tests", "examples", "benchmarks", "docs", "build", "dist"}
 
 

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from ..errors import BadInput
 from ..tokenizer.conformance import Chat
 from .worker import Progress
 
@@ -37,6 +38,20 @@ class Speed:
     prompt_tps: float
     generation_tps: float
     total_s: float
+
+    @classmethod
+    def of(cls, prompt: int, generated: int, start: float, first: float, end: float) -> Speed:
+        """From the tokens of a prompt and of its answer, and seconds on one clock.
+
+        `first` is when the answer's first token was chosen.
+        """
+        return cls(
+            prompt_tokens=prompt,
+            ttft_s=first - start,
+            prompt_tps=prompt / (first - start),
+            generation_tps=(generated - 1) / (end - first),
+            total_s=end - start,
+        )
 
     def to_json(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in self.__slots__}
@@ -149,6 +164,37 @@ class Accelerator:
 
     def to_json(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in self.__slots__}
+
+
+def as_lists(prompts: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Prompts as JSON takes them.
+
+    Raises:
+        BadInput: there are none, or one is empty.
+    """
+    if not prompts or not all(map(len, prompts)):
+        raise BadInput(
+            "an empty prompt cannot be continued",
+            "greedy generation needs at least one token id",
+            "give prompts of at least one token",
+        )
+    return [list(map(int, prompt)) for prompt in prompts]
+
+
+def refuse_empty(windows: Ids) -> None:
+    """Raise BadInput if there is no window to run."""
+    if windows.ndim != 2 or not windows.size:
+        raise BadInput(
+            f"windows of shape {windows.shape} cannot be run",
+            "validation needs at least one window of token ids, int32 (n, length)",
+            "give a longer text",
+        )
+
+
+def refuse_missing(file: Path, what: str) -> None:
+    """Raise BadInput without the file; `what` a runtime runs, as a sentence."""
+    if not file.is_file():
+        raise BadInput(f"there is no file {file.name}", what, "export the model first")
 
 
 class Runtime(Protocol):

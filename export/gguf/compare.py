@@ -6,7 +6,6 @@ Two witnesses, neither of which shares code with the packer: reader.py for the c
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +15,14 @@ import numpy.typing as npt
 from ...adapters.adapter import Adapter
 from ...architectures import DecoderConfig, Weight, weights
 from ...errors import ValidationFailed
-from ...quantize.blocks import BlockTensor
+from ...quantize.blocks import BlockTensor, Quantized
 from ...quantize.compiled import compiled
 from ...quantize.ggml import Type, dequantize_rows
 from ...quantize.grid import Float32, Int8
 from ...quantize.store import QuantizedCheckpoint
-from ...quantize.tensor import QuantizedTensor, weights_digest
+from ...quantize.tensor import QuantizedTensor
 from ..container import ReadBack
-from ..readback import difference, differs, float_error
+from ..readback import compare_weights, differs, float_error
 from .reader import Stored, matched, open_gguf, source_rows, unpack
 
 _CHUNK = 1 << 19  # weights dequantized at a time: the block stays in the CPU's cache
@@ -32,36 +31,26 @@ _CHUNK = 1 << 19  # weights dequantized at a time: the block stays in the CPU's 
 def check(model: QuantizedCheckpoint, path: Path, threads: int = 2) -> ReadBack:
     """Read `path` back and compare every code, scale and value with `model`.
 
-    Memory: the codes of one weight per thread.
-
     Raises:
         BadInput: the file is malformed.
         ValidationFailed: a weight differs; its name and the first differing element.
     """
-    file = open_gguf(path)
-    digests: dict[str, str] = {}
-    errors: dict[str, float] = {}
+    stored_by_name = {w.name: stored for w, stored in matched(open_gguf(path), model.decoder)}
 
-    def one(pair: tuple[Weight, Stored]) -> None:
-        weight, stored = pair
-        grid = model.plan[weight.name].grid
+    def read(weight: Weight) -> Quantized | float:
+        stored, grid = stored_by_name[weight.name], model.plan[weight.name].grid
         found = unpack(path, stored, weight, model.decoder, grid.name if grid else None)
         if not isinstance(found, BlockTensor):
             _agree_with_ggml(weight.name, stored, found, source_rows(weight, model.decoder))
         if not isinstance(found, np.ndarray):
-            digests[weight.name] = found.digest(weight.name)
-            if digests[weight.name] != model.records[weight.name].digest:
-                raise difference(weight.name, found, model.load(weight.name))
-        else:
-            expected: npt.NDArray[Any] = model.rows(weight.name)
-            if weight.is_norm and model.decoder.family.norm_offset:
-                expected = expected.astype(np.float64) + model.decoder.family.norm_offset
-            dtype = "<f4" if stored.type == Type.F32 else "<f2"
-            errors[weight.name] = float_error(weight.name, dtype, found, expected)
+            return found
+        expected: npt.NDArray[Any] = model.rows(weight.name)
+        if weight.is_norm and model.decoder.family.norm_offset:
+            expected = expected.astype(np.float64) + model.decoder.family.norm_offset
+        dtype = "<f4" if stored.type == Type.F32 else "<f2"
+        return float_error(weight.name, dtype, found, expected)
 
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(one, matched(file, model.decoder)))
-    return ReadBack(weights_digest(digests), digests, dict(sorted(errors.items())))
+    return compare_weights(model, read, threads)
 
 
 def _agree_with_ggml(

@@ -6,20 +6,20 @@ ONNX Runtime's own kernels for the values of some rows of each weight.
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnxruntime as ort
-from onnx import TensorProto, helper, numpy_helper
+from onnx import GraphProto, TensorProto, helper, numpy_helper
 
-from ...architectures import Weight, weights
+from ...architectures import Weight
 from ...quantize.grid import Float32
 from ...quantize.store import QuantizedCheckpoint
-from ...quantize.tensor import QuantizedTensor, weights_digest
+from ...quantize.tensor import QuantizedTensor
 from ..container import ReadBack
-from ..readback import difference, differs, float_error
+from ..readback import compare_weights, differs, float_error
 from .reader import File, Operand, find, unpack
 
 _ROWS = 16  # of each weight are multiplied by onnxruntime
@@ -31,32 +31,22 @@ ort.set_default_logger_severity(4)  # failures come as exceptions; their log lin
 def check(model: QuantizedCheckpoint, folder: Path, threads: int = 2) -> ReadBack:
     """Read the files back and compare every code, scale and value with `model`.
 
-    Memory: the codes of one weight per thread.
-
     Raises:
         BadInput: the files are malformed.
         ValidationFailed: a weight differs; its name and the first differing element.
     """
     file = File(folder)
-    digests: dict[str, str] = {}
-    errors: dict[str, float] = {}
 
-    def one(weight: Weight) -> None:
-        name = weight.name
-        grid = model.plan[name].grid
+    def read(weight: Weight) -> QuantizedTensor | float:
+        name, grid = weight.name, model.plan[weight.name].grid
         found = unpack(file, weight, model.decoder, grid.name if grid else None)
         if isinstance(found, QuantizedTensor):
-            digests[name] = found.digest(name)
-            if digests[name] != model.records[name].digest:
-                raise difference(name, found, model.load(name))
             _agree_with_onnxruntime(name, find(file, weight, model.decoder), found)
-        else:
-            dtype = "<f2" if weight.is_matrix else "<f4"
-            errors[name] = float_error(name, dtype, found, model.rows(name))
+            return found
+        dtype = "<f2" if weight.is_matrix else "<f4"
+        return float_error(name, dtype, found, model.rows(name))
 
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(one, weights(model.decoder)))
-    return ReadBack(weights_digest(digests), digests, dict(sorted(errors.items())))
+    return compare_weights(model, read, threads)
 
 
 def _agree_with_onnxruntime(name: str, operand: Operand, found: QuantizedTensor) -> None:
@@ -104,15 +94,19 @@ def multiplied(
         [helper.make_tensor_value_info("values", TensorProto.FLOAT, ["n", len(rows)])],
         [numpy_helper.from_array(np.ascontiguousarray(v), k) for k, v in tensors.items()],
     )
-    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
-    model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = 1
-    session = ort.InferenceSession(
-        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
+    session = session_of(graph, {"": 21, "com.microsoft": 1})
     found = np.empty((len(rows), columns), np.float32)
     for start in range(0, columns, _STEP):
         units = np.eye(min(_STEP, columns - start), columns, start, np.float32)
         found[:, start : start + _STEP] = session.run(None, {"units": units})[0].T
     return found
+
+
+def session_of(graph: GraphProto, opsets: Mapping[str, int]) -> ort.InferenceSession:
+    """A session on the CPU, in one thread; `opsets` by domain."""
+    imports = [helper.make_opsetid(domain, number) for domain, number in opsets.items()]
+    model = helper.make_model(graph, opset_imports=imports, ir_version=10)
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
+    providers = ["CPUExecutionProvider"]
+    return ort.InferenceSession(model.SerializeToString(), options, providers=providers)

@@ -150,21 +150,37 @@ class File:
         )
 
     def _view(self, tensor: onnx.TensorProto) -> npt.NDArray[Any]:
-        place = {entry.key: entry.value for entry in tensor.external_data}
-        shape = tuple(tensor.dims)
+        if tensor.data_type not in _DTYPES:
+            raise _broken(f"{tensor.name} has data type {tensor.data_type}")
+        dtype = np.dtype(_DTYPES[tensor.data_type])
         try:
-            dtype = np.dtype(_DTYPES[tensor.data_type])
-            start, length = int(place["offset"]), int(place["length"])
-            location = place["location"]
-        except (KeyError, ValueError) as error:
-            raise _broken(f"{tensor.name}: {type(error).__name__} {error}") from error
-        if location != DATA or min(shape, default=0) < 1:  # none without dimensions either
-            raise _broken(f"{tensor.name} of shape {shape} lies in {location!r}")
-        if length != math.prod(shape) * dtype.itemsize or not 0 <= start <= start + length <= len(
-            self._data
-        ):
-            raise _broken(f"{tensor.name} ends at {start + length} of {len(self._data)} bytes")
-        return self._data[start : start + length].view(dtype).reshape(shape)
+            found = external_bytes(tensor, self._data, DATA, 8 * dtype.itemsize)
+        except ValueError as error:
+            raise _broken(str(error)) from error
+        return found.view(dtype).reshape(tuple(tensor.dims))
+
+
+def external_bytes(tensor: onnx.TensorProto, data: UInt8, location: str, bits: int) -> UInt8:
+    """The bytes of a tensor in `data`, the file `location`, by what the tensor says of them.
+
+    Args:
+        bits: of one number.
+
+    Raises:
+        ValueError: it lies elsewhere, has no size, or ends beyond the file.
+    """
+    place = {entry.key: entry.value for entry in tensor.external_data}
+    shape = tuple(tensor.dims)
+    try:
+        start, length = int(place["offset"]), int(place["length"])
+    except KeyError as error:
+        raise ValueError(f"{tensor.name} has no {error}") from error
+    if place.get("location") != location or min(shape, default=0) < 1:  # a number has no size
+        raise ValueError(f"{tensor.name} of shape {shape} lies in {place.get('location')!r}")
+    end = start + length
+    if length != -(-math.prod(shape) * bits // 8) or not 0 <= start <= end <= len(data):
+        raise ValueError(f"{tensor.name} ends at {end} of {len(data)} bytes")
+    return data[start:end]
 
 
 def read_back(

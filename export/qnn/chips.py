@@ -36,9 +36,9 @@ def chip_of(deployment: Deployment) -> Chip:
     """
     if deployment.hexagon in CHIPS:
         return CHIPS[deployment.hexagon]
-    found = "none" if deployment.hexagon is None else f"v{deployment.hexagon}"
+    named = "no" if deployment.hexagon is None else f"v{deployment.hexagon} as its"
     raise Unsupported(
-        f"the target names the Hexagon processor {found}",
+        f"the target names {named} Hexagon processor",
         f"a context binary is for one of {', '.join(f'v{number}' for number in CHIPS)}",
         "take --target android-qnn, or set `hexagon = 73` in your own target",
     )

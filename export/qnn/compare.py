@@ -6,7 +6,6 @@ ONNX Runtime's own DequantizeLinear for the values of the first inputs of each m
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +13,13 @@ import numpy as np
 import onnxruntime as ort
 from onnx import TensorProto, helper, numpy_helper
 
-from ...architectures import Weight, weights
+from ...architectures import Weight
 from ...quantize.grid import Float32
 from ...quantize.store import QuantizedCheckpoint
-from ...quantize.tensor import QuantizedTensor, weights_digest
+from ...quantize.tensor import QuantizedTensor
 from ..container import ReadBack
-from ..readback import difference, differs
+from ..onnx.compare import session_of
+from ..readback import compare_weights, differs
 from .reader import Files, Operand, matrix, vector
 
 _INPUTS = 32  # of each matrix are dequantized by onnxruntime
@@ -29,33 +29,24 @@ ort.set_default_logger_severity(4)  # failures come as exceptions; their log lin
 def check(model: QuantizedCheckpoint, folder: Path, threads: int = 2) -> ReadBack:
     """Read the files back and compare every code, scale and value with `model`.
 
-    Memory: the codes of one weight per thread.
-
     Raises:
         BadInput: the files are malformed.
         ValidationFailed: a weight differs; its name and the first differing element.
     """
     files = Files(folder)
-    digests: dict[str, str] = {}
-    errors: dict[str, float] = {}
 
-    def one(weight: Weight) -> None:
+    def read(weight: Weight) -> QuantizedTensor | float:
         name, grid = weight.name, model.plan[weight.name].grid
         if not weight.is_matrix:
-            errors[name] = _rounding(files, weight, model)
-            return
+            return _rounding(files, weight, model)
         found = matrix(files, weight, model.decoder, grid.name if grid else None)
-        digests[name] = found.digest(name)
-        if digests[name] != model.records[name].digest:
-            raise difference(name, found, model.load(name))
         if not weight.is_table or not model.decoder.tied:
             stem = name.removesuffix(".weight")
             if stem in files.graphs[0].nodes:  # an untied embedding is in no graph
                 _agree_with_onnxruntime(name, files.operand(stem), found)
+        return found
 
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(one, weights(model.decoder)))
-    return ReadBack(weights_digest(digests), digests, dict(sorted(errors.items())))
+    return compare_weights(model, read, threads)
 
 
 def _rounding(files: Files, weight: Weight, model: QuantizedCheckpoint) -> float:
@@ -92,11 +83,5 @@ def dequantized(operand: Operand, inputs: int) -> Float32:
         [helper.make_tensor_value_info("values", TensorProto.FLOAT, [inputs, rows])],
         [codes, numpy_helper.from_array(np.ascontiguousarray(scale), "scale")],
     )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=10)
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = 1
-    session = ort.InferenceSession(
-        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
-    found: Float32 = session.run(None, {})[0]
+    found: Float32 = session_of(graph, {"": 23}).run(None, {})[0]
     return found

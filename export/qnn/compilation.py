@@ -7,6 +7,7 @@ called otherwise: the same bytes come from a fresh process and fixed relative pa
 from __future__ import annotations
 
 import json
+import mmap
 import re
 import shutil
 import subprocess
@@ -70,7 +71,8 @@ def require_chip(binary: Path, chip: Chip) -> None:
     Raises:
         ValidationFailed: it is for another chip, or does not say.
     """
-    found = {match.groups() for match in _MADE_FOR.finditer(binary.read_bytes())}
+    with binary.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+        found = {match.groups() for match in _MADE_FOR.finditer(mapped)}
     if found != {(chip.soc.encode(), str(chip.hexagon).encode())}:
         words = ", ".join(f"{soc.decode()} v{arch.decode()}" for soc, arch in sorted(found))
         raise ValidationFailed(

@@ -23,6 +23,7 @@ from ...checkpoint import read_json
 from ...errors import BadInput
 from ...quantize.grid import GRIDS, Float32, Grid
 from ...quantize.tensor import QuantizedTensor
+from ..onnx.reader import external_bytes
 
 FOLDER, DATA, TABLES, DESCRIPTION = "qdq", "model.data", "tables.data", "qnn.json"
 GRAPHS = ("decode", "prefill")
@@ -153,20 +154,10 @@ class Graph:
 
     def _bytes(self, tensor: onnx.TensorProto) -> UInt8:
         """A tensor of the data file."""
-        place = {entry.key: entry.value for entry in tensor.external_data}
-        shape, bits = tuple(tensor.dims), _BITS.get(tensor.data_type, 0)
         try:
-            start, length = int(place["offset"]), int(place["length"])
-            location = place["location"]
-        except (KeyError, ValueError) as error:
-            why = f"{tensor.name}: {type(error).__name__} {error}"
-            raise _broken(self.name, why) from error
-        if location != DATA or min(shape, default=0) < 1:
-            raise _broken(self.name, f"{tensor.name} of shape {shape} lies in {location!r}")
-        end = start + length
-        if length != -(-math.prod(shape) * bits // 8) or not 0 <= start <= end <= len(self._data):
-            raise _broken(self.name, f"{tensor.name} ends at {end} of {len(self._data)} bytes")
-        return self._data[start:end]
+            return external_bytes(tensor, self._data, DATA, _BITS.get(tensor.data_type, 0))
+        except ValueError as error:
+            raise _broken(self.name, str(error)) from error
 
 
 class Files:

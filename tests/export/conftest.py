@@ -218,3 +218,28 @@ def train_adapter() -> Callable[..., Any]:
 def read_tone() -> Callable[..., Adapter]:
     """read_tone(folder, target, config) -> what `train_adapter` saved, under the name "tone"."""
     return read_tone_of
+
+
+@pytest.fixture(scope="session")
+def oracle() -> Callable[..., Any]:
+    """oracle(folder, tokens, tensors) -> transformers' logits in float32.
+
+    `tensors` {source name: values or codes} stand in place of the stored weights.
+    """
+
+    def logits(folder: Path, tokens: Any, tensors: dict[str, Any]) -> Any:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, attn_implementation="eager"
+        )
+        values = {
+            name: tensor.dequantize() if isinstance(tensor, QuantizedTensor) else tensor
+            for name, tensor in tensors.items()
+        }
+        state = {name: torch.from_numpy(np.array(value)) for name, value in values.items()}
+        if model.config.tie_word_embeddings:
+            state["lm_head.weight"] = state["model.embed_tokens.weight"]
+        model.load_state_dict(state)
+        with torch.inference_mode():
+            return model(torch.from_numpy(tokens).long()).logits.numpy()
+
+    return logits

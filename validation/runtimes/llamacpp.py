@@ -10,11 +10,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ...errors import BadInput, ValidationFailed
+from ...errors import ValidationFailed
 from ...quantize import ggml
 from ...tokenizer.conformance import Chat
 from .. import worker
-from ..runtime import Generation, Ids, Measurements, Memory, Speed, Vocabulary
+from ..runtime import (
+    Generation,
+    Ids,
+    Measurements,
+    Memory,
+    Speed,
+    Vocabulary,
+    as_lists,
+    refuse_empty,
+    refuse_missing,
+)
 from ..worker import Progress
 from . import llamacpp_memory
 
@@ -61,12 +71,7 @@ def logits(
         ValidationFailed: llama.cpp refuses the file or crashes.
         EnvironmentFailed: the disk is full.
     """
-    if windows.ndim != 2 or not windows.size:
-        raise BadInput(
-            f"windows of shape {windows.shape} cannot be run",
-            "validation needs at least one window of token ids, int32 (n, length)",
-            "give a longer text",
-        )
+    refuse_empty(windows)
     arguments = {"windows": windows.tolist(), "out": str(out), "kv_cache": kv_cache}
     _call("logits", file, progress, **arguments, **_adapter(adapter, scale), **_threads(threads))
 
@@ -109,13 +114,7 @@ def generate(
         BadInput: an empty prompt.
         ValidationFailed: llama.cpp refuses the file or crashes.
     """
-    if not prompts or not all(map(len, prompts)):
-        raise BadInput(
-            "an empty prompt cannot be continued",
-            "greedy generation needs at least one token id",
-            "give prompts of at least one token",
-        )
-    arguments: dict[str, Any] = {"prompts": [list(map(int, prompt)) for prompt in prompts]}
+    arguments: dict[str, Any] = {"prompts": as_lists(prompts)}
     arguments |= {"max_tokens": max_tokens, "kv_cache": kv_cache}
     arguments |= _adapter(adapter, scale) | _threads(threads)
     found = _call("generate", file, progress, **arguments)
@@ -183,10 +182,5 @@ def _threads(threads: int | None) -> dict[str, int]:
 
 def _call(job: str, file: Path, progress: Progress | None = None, **arguments: Any) -> Any:
     ggml.library()  # a wrong release is said here, before a child is started
-    if not file.is_file():
-        raise BadInput(
-            f"there is no file {file.name}",
-            "llama.cpp runs a GGUF file",
-            "export the model first",
-        )
+    refuse_missing(file, "llama.cpp runs a GGUF file")
     return worker.call(_WORKER, job, {"file": str(file), **arguments}, progress)

@@ -18,6 +18,7 @@ from ...quantize import ggml
 from ...quantize.grid import Float32
 from .. import worker
 from ..logits import writer
+from ..runtime import Speed
 from .llamacpp_api import library, log_lines, refused
 from .rss import gained, rss
 
@@ -209,7 +210,7 @@ def _measure(
     return {"speed": speed, "buffers": _buffers("".join(log_lines)), **gained(before)}
 
 
-def _time(model: _Model, prompt: list[int], generated: int) -> dict[str, float]:
+def _time(model: _Model, prompt: list[int], generated: int) -> dict[str, Any]:
     start = time.perf_counter()
     model.prompt(prompt)
     token = model.best()
@@ -218,13 +219,7 @@ def _time(model: _Model, prompt: list[int], generated: int) -> dict[str, float]:
         model.decode([token], len(prompt) + step)
         token = model.best()
     end = time.perf_counter()
-    return {
-        "prompt_tokens": len(prompt),
-        "ttft_s": first - start,
-        "prompt_tps": len(prompt) / (first - start),
-        "generation_tps": (generated - 1) / (end - first),
-        "total_s": end - start,
-    }
+    return Speed.of(len(prompt), generated, start, first, end).to_json()
 
 
 def _buffers(log: str) -> dict[str, int]:

@@ -12,10 +12,19 @@ from importlib.metadata import version as distribution
 from pathlib import Path
 from typing import Any
 
-from ...errors import BadInput
 from ...tokenizer.conformance import Chat
 from .. import worker
-from ..runtime import Generation, Ids, Measurements, Memory, Speed, Vocabulary
+from ..runtime import (
+    Generation,
+    Ids,
+    Measurements,
+    Memory,
+    Speed,
+    Vocabulary,
+    as_lists,
+    refuse_empty,
+    refuse_missing,
+)
 from ..worker import Progress
 
 PREDICTED = ("mapped", "repacked", "kv_cache", "compute")  # it states none of them
@@ -80,12 +89,7 @@ def _run(
     threads: int | None,
     progress: Progress | None,
 ) -> None:
-    if windows.ndim != 2 or not windows.size:
-        raise BadInput(
-            f"windows of shape {windows.shape} cannot be run",
-            "validation needs at least one window of token ids, int32 (n, length)",
-            "give a longer text",
-        )
+    refuse_empty(windows)
     arguments = {"windows": windows.tolist(), "out": str(out), "exact": exact}
     arguments |= {"threads": worker.threads() if threads is None else threads}
     _call("logits", file, progress, **arguments, **_adapter(adapter))
@@ -124,13 +128,7 @@ def generate(
         BadInput: an empty prompt.
         ValidationFailed: genai refuses the files or crashes.
     """
-    if not prompts or not all(map(len, prompts)):
-        raise BadInput(
-            "an empty prompt cannot be continued",
-            "greedy generation needs at least one token id",
-            "give prompts of at least one token",
-        )
-    arguments: dict[str, Any] = {"prompts": [list(map(int, prompt)) for prompt in prompts]}
+    arguments: dict[str, Any] = {"prompts": as_lists(prompts)}
     arguments |= {"max_tokens": max_tokens, **_adapter(adapter)}
     found = _call("generate", file, progress, **arguments)
     return [Generation(tuple(tokens), stopped) for tokens, stopped in found]
@@ -175,10 +173,5 @@ def _adapter(adapter: Path | None) -> dict[str, Any]:
 
 
 def _call(job: str, file: Path, progress: Progress | None = None, **arguments: Any) -> Any:
-    if not file.is_file():
-        raise BadInput(
-            f"there is no file {file.name}",
-            "ONNX Runtime runs a model.onnx",
-            "export the model first",
-        )
+    refuse_missing(file, "ONNX Runtime runs a model.onnx")
     return worker.call(_WORKER, job, {"file": str(file), **arguments}, progress)

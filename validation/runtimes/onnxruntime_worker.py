@@ -6,7 +6,6 @@ import json
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,9 @@ from ...errors import ValidationFailed
 from ...quantize.grid import Float32
 from .. import worker
 from ..logits import writer
+from ..runtime import Speed
 from . import onnxruntime_memory
+from .refusals import refusals
 from .rss import gained, rss
 
 PROVIDER = "CPUExecutionProvider"
@@ -40,7 +41,7 @@ class _Session:
         if exact:
             model = _exact(file)
             options.add_session_config_entry(_FOLDER, str(file.parent))
-        with _refusals(f"ONNX Runtime does not load {file.name}"):
+        with refusals(f"ONNX Runtime does not load {file.name}"):
             self.session = ort.InferenceSession(model, options, providers=[PROVIDER])
         if self.session.get_providers() != [PROVIDER]:
             raise ValidationFailed(
@@ -58,7 +59,7 @@ class _Session:
         self.vocab_size = int(settings["vocab_size"])
 
     def attach(self, adapter: str) -> None:
-        with _refusals(f"ONNX Runtime does not load the adapter {Path(adapter).name}"):
+        with refusals(f"ONNX Runtime does not load the adapter {Path(adapter).name}"):
             self.adapter = ort.LoraAdapter()  # kept: the options only point to it
             self.adapter.Load(adapter)
             self.run_options.add_active_adapter(self.adapter)
@@ -70,7 +71,7 @@ class _Session:
         for start in range(0, len(window), step):
             ids = np.array([window[start : start + step]], np.int64)
             mask = np.ones((1, start + ids.size), np.int64)
-            with _refusals("ONNX Runtime cannot run the model"):
+            with refusals("ONNX Runtime cannot run the model"):
                 found, *present = self.session.run(
                     self.outputs,
                     {"input_ids": ids, "attention_mask": mask, **cache},
@@ -89,19 +90,6 @@ def _exact(file: Path) -> bytes:
                 attribute.i = _EXACT
     content: bytes = model.SerializeToString()
     return content
-
-
-@contextmanager
-def _refusals(what: str) -> Iterator[None]:
-    """Errors of either library, whose kinds are not public, as one of ours."""
-    try:
-        yield
-    except Exception as error:
-        if not (isinstance(error, RuntimeError) or type(error).__module__.startswith("onnx")):
-            raise
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        why, cure = f"it says: {lines[0]}", "export the files again from the model"
-        raise ValidationFailed(what, why, cure) from error
 
 
 def _logits(
@@ -127,13 +115,13 @@ class _Genai:
     """The folder as an app opens it."""
 
     def __init__(self, file: str) -> None:
-        with _refusals(f"onnxruntime-genai does not load the folder of {Path(file).name}"):
+        with refusals(f"onnxruntime-genai does not load the folder of {Path(file).name}"):
             self.model = genai.Model(str(Path(file).parent))
             self.tokenizer = genai.Tokenizer(self.model)
         self.adapters: Any = None
 
     def attach(self, adapter: str) -> None:
-        with _refusals(f"onnxruntime-genai does not load the adapter {Path(adapter).name}"):
+        with refusals(f"onnxruntime-genai does not load the adapter {Path(adapter).name}"):
             self.adapters = genai.Adapters(self.model)
             self.adapters.load(adapter, "adapter")
 
@@ -151,13 +139,13 @@ class _Genai:
 
 def _tokenizer(file: str) -> Any:
     """The folder's tokenizer, without its model."""
-    with _refusals(f"onnxruntime-genai does not load the tokenizer of {Path(file).name}"):
+    with refusals(f"onnxruntime-genai does not load the tokenizer of {Path(file).name}"):
         return genai.Tokenizer(str(Path(file).parent))
 
 
 def _tokenize(file: str, texts: list[str]) -> list[list[int]]:
     tokenizer = _tokenizer(file)
-    with _refusals("onnxruntime-genai cannot tokenize a text"):
+    with refusals("onnxruntime-genai cannot tokenize a text"):
         return [[int(token) for token in tokenizer.encode(text)] for text in texts]
 
 
@@ -209,7 +197,7 @@ def _generate(
 def _greedy(
     opened: _Genai, prompt: list[int], max_tokens: int, ends: set[int]
 ) -> tuple[list[int], bool]:
-    with _refusals("onnxruntime-genai cannot continue a prompt"):
+    with refusals("onnxruntime-genai cannot continue a prompt"):
         generator = opened.generator(len(prompt) + max_tokens)
         generator.append_tokens(np.array(prompt, np.int32))
         tokens: list[int] = []
@@ -234,7 +222,7 @@ def _measure(
     tokens = np.random.default_rng(0).integers(
         _settings(folder)["vocab_size"], size=context, dtype=np.int32
     )
-    with _refusals("onnxruntime-genai cannot run the model"):
+    with refusals("onnxruntime-genai cannot run the model"):
         _time(opened, tokens[: min(32, context - 2)], 2, context)  # the first run: not timed
         fitting = [length for length in prompt_lengths if length + 2 <= context]
         speed = [
@@ -246,7 +234,7 @@ def _measure(
 
 def _time(
     opened: _Genai, prompt: npt.NDArray[np.int32], generated: int, context: int
-) -> dict[str, float]:
+) -> dict[str, Any]:
     generator = opened.generator(context, len(prompt) + generated)
     start = time.perf_counter()
     generator.append_tokens(prompt)
@@ -255,13 +243,7 @@ def _time(
     for _ in range(generated - 1):
         generator.generate_next_token()
     end = time.perf_counter()
-    return {
-        "prompt_tokens": len(prompt),
-        "ttft_s": first - start,
-        "prompt_tps": len(prompt) / (first - start),
-        "generation_tps": (generated - 1) / (end - first),
-        "total_s": end - start,
-    }
+    return Speed.of(len(prompt), generated, start, first, end).to_json()
 
 
 if __name__ == "__main__":

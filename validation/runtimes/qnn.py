@@ -16,13 +16,23 @@ from typing import Any
 import onnx
 
 from ...checkpoint import read_json
-from ...errors import BadInput
 from ...export.qnn import sdk
 from ...export.qnn.compilation import binary_of
 from ...export.qnn.delegation import Delegated, delegated
 from ...tokenizer.conformance import Chat
 from .. import worker
-from ..runtime import Accelerator, Effort, Generation, Ids, Measurements, Memory, Vocabulary
+from ..runtime import (
+    Accelerator,
+    Effort,
+    Generation,
+    Ids,
+    Measurements,
+    Memory,
+    Vocabulary,
+    as_lists,
+    refuse_empty,
+    refuse_missing,
+)
 from ..worker import Progress
 
 PREDICTED = ("mapped", "repacked", "kv_cache", "compute")  # the emulator's own say nothing
@@ -94,12 +104,7 @@ def logits(
         DependencyMissing: the emulator is not installed.
         ValidationFailed: it refuses the files, or a binary is for another chip.
     """
-    if windows.ndim != 2 or not windows.size:
-        raise BadInput(
-            f"windows of shape {windows.shape} cannot be run",
-            "validation needs at least one window of token ids, int32 (n, length)",
-            "give a longer text",
-        )
+    refuse_empty(windows)
     _call("logits", file, progress, windows=windows.tolist(), out=str(out))
 
 
@@ -145,14 +150,8 @@ def generate(
         BadInput: an empty prompt.
         ValidationFailed: the emulator refuses the files or crashes.
     """
-    if not prompts or not all(map(len, prompts)):
-        raise BadInput(
-            "an empty prompt cannot be continued",
-            "greedy generation needs at least one token id",
-            "give prompts of at least one token",
-        )
-    given = [list(map(int, prompt)) for prompt in prompts]
-    found = _call("generate", file, progress, prompts=given, max_tokens=max_tokens)
+    given = {"prompts": as_lists(prompts), "max_tokens": max_tokens}
+    found = _call("generate", file, progress, **given)
     return [Generation(tuple(tokens), stopped) for tokens, stopped in found]
 
 
@@ -222,10 +221,5 @@ def _library(file: Path) -> Any:
 
 def _call(job: str, file: Path, progress: Progress | None = None, **arguments: Any) -> Any:
     sdk.require()
-    if not file.is_file():
-        raise BadInput(
-            f"there is no file {file.name}",
-            "the emulator runs a decode.onnx with its context binary",
-            "export the model first",
-        )
+    refuse_missing(file, "the emulator runs a decode.onnx with its context binary")
     return worker.call(_WORKER, job, {"file": str(file), **arguments}, progress)

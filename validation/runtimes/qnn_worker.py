@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ...checkpoint import read_json
-from ...errors import BadInput, ValidationFailed
+from ...errors import BadInput
 from ...export.qnn.chips import CHIPS
 from ...export.qnn.compilation import binary_of, require_chip
 from ...export.qnn.compiler import session
@@ -20,21 +19,9 @@ from ...export.qnn.rolling import Array, Geometry, Inputs, Rolling, Run
 from ...quantize.grid import Float32
 from .. import worker
 from ..logits import writer
+from .refusals import refusals
 
 _DECODED = 4  # tokens of the first window that go through the graph of one token
-
-
-@contextmanager
-def _refusals(what: str) -> Iterator[None]:
-    """Errors of ONNX Runtime, whose kinds are not public, as one of ours."""
-    try:
-        yield
-    except Exception as error:
-        if not (isinstance(error, RuntimeError) or type(error).__module__.startswith("onnx")):
-            raise
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        why, cure = f"it says: {lines[0]}", "export the files again from the model"
-        raise ValidationFailed(what, why, cure) from error
 
 
 class _Model:
@@ -54,7 +41,7 @@ class _Model:
         self.runs: dict[int, Run] = {}
         for name, tokens in (("prefill", self.chunk), ("decode", 1)):
             require_chip(folder / binary_of(name), chip)
-            with _refusals(f"the NPU's emulator does not load {name}.onnx"):
+            with refusals(f"the NPU's emulator does not load {name}.onnx"):
                 self.runs[tokens] = _runner(session(str(folder / f"{name}.onnx"), options, {}))
         self.inputs = self._inputs(np.memmap(folder / "tables.data", np.uint8, "r"), sizes)
 
@@ -69,7 +56,7 @@ class _Model:
                 f"the files are made for a context of {self.context} tokens",
                 "validate with shorter windows or prompts",
             )
-        with _refusals("the NPU's emulator cannot run the model"):
+        with refusals("the NPU's emulator cannot run the model"):
             for codes in text.feed(ids, tokens):
                 yield self.encodings["logits"].decode(codes)
 

@@ -9,9 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from ...errors import BadInput
 from .. import worker
-from ..runtime import Generation, Ids
+from ..runtime import Generation, Ids, as_lists
 from ..worker import Progress
 
 # Matrix products add up in an order that depends on the number of threads: a fixed one, whatever
@@ -83,13 +82,7 @@ def generate(
         eos_ids: where to stop; by default what the folder's generation_config.json and
             config.json name.
     """
-    if not prompts or not all(map(len, prompts)):
-        raise BadInput(
-            "an empty prompt cannot be continued",
-            "greedy generation needs at least one token id",
-            "give prompts of at least one token",
-        )
-    arguments: dict[str, Any] = {"prompts": [list(map(int, prompt)) for prompt in prompts]}
+    arguments: dict[str, Any] = {"prompts": as_lists(prompts)}
     arguments |= {"max_tokens": max_tokens, "eos_ids": None if eos_ids is None else list(eos_ids)}
     found = worker.call(_WORKER, "generate", arguments | oracle._arguments(threads), progress)
     return [Generation(tuple(tokens), stopped) for tokens, stopped in found]

@@ -9,8 +9,6 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-import torch
-from transformers import AutoModelForCausalLM
 
 from slimport.architectures import FAMILIES, Kind, weights
 from slimport.errors import Unsupported, ValidationFailed
@@ -43,29 +41,13 @@ def windows(vocabulary: int) -> np.ndarray[Any, np.dtype[np.int32]]:
     return np.random.default_rng(1).integers(0, vocabulary, (2, 64), dtype=np.int32)
 
 
-def oracle(folder: Path, tokens: np.ndarray[Any, Any], tensors: dict[str, Any]) -> Any:
-    """transformers' logits in float32, with `tensors` in place of the stored ones."""
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager"
-    )
-    values = {
-        name: tensor.dequantize() if isinstance(tensor, QuantizedTensor) else tensor
-        for name, tensor in tensors.items()
-    }
-    state = {name: torch.from_numpy(np.array(value)) for name, value in values.items()}
-    if model.config.tie_word_embeddings:
-        state["lm_head.weight"] = state["model.embed_tokens.weight"]
-    model.load_state_dict(state)
-    with torch.inference_mode():
-        return model(torch.from_numpy(tokens).long()).logits.numpy()
-
-
 def test_onnxruntime_computes_the_logits_of_transformers(
     variant: Variant,
     make_model: Any,
     in_memory: Any,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    oracle: Any,
 ) -> None:
     monkeypatch.setattr(layout, "FLOAT_MATRIX", "<f4")
     family, overrides = variant
@@ -99,7 +81,12 @@ def test_onnxruntime_computes_the_logits_of_transformers(
 )
 @pytest.mark.parametrize("tied", [True, False])
 def test_exact_products_are_those_of_the_codes(
-    patterns: dict[str, str], tied: bool, make_model: Any, in_memory: Any, tmp_path: Path
+    patterns: dict[str, str],
+    tied: bool,
+    make_model: Any,
+    in_memory: Any,
+    tmp_path: Path,
+    oracle: Any,
 ) -> None:
     folder = make_model(
         "qwen2",
@@ -169,7 +156,7 @@ def test_a_rows_scale_is_repeated_where_that_costs_least() -> None:
 
 
 def test_rows_that_no_block_divides_are_filled_up(
-    make_model: Any, in_memory: Any, tmp_path: Path
+    make_model: Any, in_memory: Any, tmp_path: Path, oracle: Any
 ) -> None:
     folder = make_model("llama", hidden_size=72, num_attention_heads=2, head_dim=32)
     model = in_memory(folder, patterns={"*": "int8-row"})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +13,6 @@ from slimport.export import qnn as container
 from slimport.export.container import Deployment
 from slimport.quantize.windows import Windows, windows_of
 from slimport.tokenizer.tokenizer import Tokenizer
-
-collect_ignore_glob = (
-    [] if find_spec("onnxruntime_qnn") else ["test_qnn_f*.py"]  # refusals need no wheel
-)
 
 
 def random_windows(vocabulary: int, seed: int, count: int = 2, length: int = 64) -> Windows:

@@ -28,6 +28,8 @@ from slimport.quantize.tensor import QuantizedTensor, weights_digest
 from slimport.targets.target import HEXAGONS
 from slimport.validation.runtimes import qnn as runtime
 
+pytest.importorskip("onnxruntime_qnn")  # an extra, which `make setup` installs
+
 Change = Callable[[onnx.ModelProto], None]
 Written = tuple[Any, Path]
 GRIDS = {"*.1.self_attn*": "int8-row", "*.0.mlp.up_proj.weight": "int4-g32-signed"}
