@@ -62,7 +62,12 @@ quantize_options = _options(
     ),
 )
 text_options = _options(
-    click.option("--eval", "eval_text", type=click.Path(), help="Held-out text, judged on."),
+    click.option(
+        "--eval",
+        "eval_text",
+        type=click.Path(),
+        help="Held-out text, judged on; pairs for a reward model.",
+    ),
     click.option("--eval-ood", type=click.Path(), help="Out-of-distribution text."),
 )
 

@@ -33,7 +33,6 @@ from .shipping.texts import read_texts
 from .targets.target import Limit, Target, load_target
 from .validation import budget, report
 from .validation.budget import Budget
-from .validation.judge import judge
 
 Progress = Callable[[str, int, int], None]
 
@@ -233,8 +232,7 @@ def validate(
         )
         files = job.files(source, plan)
         texts = shipment.fitted_texts(job, texts, files)
-        case = shipment.case_of(job, source, quantized, texts, files)
-        judged = judge(case, job.runtime, work, progress)
+        judged, _ = shipment.judged(job, source, quantized, texts, files, work, progress)
     errors = manifest["errors"]
     found = shipment.report_on(job, recipe, source, quantized, texts, files, judged, errors)
     found["inputs"] = manifest["inputs"] | found["inputs"]  # files do not show all that went in

@@ -74,11 +74,13 @@ class Validate:
 
     Attributes:
         prompts: what a user would ask; each is answered greedily by reference and artifact.
+        pairs: how many pairs a reward model is judged on, at most.
     """
 
     windows: int = 64
     window_length: int = 512
     prompts: tuple[str, ...] = ()
+    pairs: int = 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -317,7 +319,10 @@ _SECTIONS: dict[str, tuple[type[Quantize | Texts | Validate], dict[str, Reader]]
         },
     ),
     "texts": (Texts, {"calibration": _existing, "eval": _existing, "eval_ood": _existing}),
-    "validate": (Validate, {"windows": whole, "window_length": whole, "prompts": names}),
+    "validate": (
+        Validate,
+        {"windows": whole, "window_length": whole, "prompts": names, "pairs": whole},
+    ),
 }
 _TABLES = (_adapters, _texts_by_name, _budgets)  # what an environment variable cannot say
 
@@ -394,6 +399,7 @@ targets = ["android"]                 # `slimport targets` lists them; or the pa
 # windows = 64
 # window_length = 512                 # tokens in each
 # prompts = ["Tell me a story."]      # answered by reference and artifact, for the report
+# pairs = 200                         # of a reward model, judged on pairs of answers
 
 # [budgets]                           # in place of the target's
 # download_bytes = "200 MB"

@@ -19,10 +19,16 @@ from .errors import UsageError
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """A figure of report.json that a budget may bound; `at_least`: the limit is a minimum."""
+    """A figure of report.json that a budget may bound.
+
+    Attributes:
+        at_least: whether the limit is a minimum.
+        of: the kind of model that has it; None: every kind.
+    """
 
     unit: Literal["bytes", "nats", "fraction", "ratio"]
     at_least: bool = False
+    of: Literal["language", "reward"] | None = None
 
 
 METRICS = {
@@ -31,9 +37,11 @@ METRICS = {
     "model_bytes": Metric("bytes"),
     "memory_bytes": Metric("bytes"),
     "anonymous_bytes": Metric("bytes"),
-    "kl_mean": Metric("nats"),
-    "ppl_ratio": Metric("ratio"),
-    "top1": Metric("fraction", at_least=True),
+    "kl_mean": Metric("nats", of="language"),
+    "ppl_ratio": Metric("ratio", of="language"),
+    "top1": Metric("fraction", at_least=True, of="language"),
+    "score_error": Metric("ratio", of="reward"),
+    "pair_agreement": Metric("fraction", at_least=True, of="reward"),
     "npu_nodes": Metric("fraction", at_least=True),
     "npu_weight_bytes": Metric("fraction", at_least=True),
 }

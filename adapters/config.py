@@ -37,6 +37,7 @@ _REFUSED = {
     "megatron_config": "it names the parallel layers of Megatron",
     "enable_lora": "it is the fused LoRA of an early peft",
 }
+_LANGUAGE, _REWARD = "CAUSAL_LM", "SEQ_CLS"
 _MOVES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
@@ -141,15 +142,27 @@ def _pattern(patterns: Iterable[str], module: str) -> str:
     return module
 
 
-def read_config(folder: Path) -> AdapterConfig:
-    """Read adapter_config.json.
+def trains_reward(folder: Path) -> bool:
+    """Whether a folder's adapter makes a reward model of a causal language model.
+
+    Raises:
+        BadInput: adapter_config.json is malformed.
+    """
+    path = folder / CONFIG_FILE
+    return path.is_file() and read_json(path).get("task_type") == _REWARD
+
+
+def read_config(folder: Path, reward: bool = False) -> AdapterConfig:
+    """Read adapter_config.json of an adapter for a language model, or for a reward model.
 
     Raises:
         BadInput: it is missing, a Git-LFS pointer, not JSON, or a value has the wrong type.
-        Unsupported: another kind of adapter than LoRA, or a key that is not understood.
+        Unsupported: another kind of adapter than LoRA, for another task, or a key that is not
+            understood.
     """
     raw = read_json(folder / CONFIG_FILE)
     _refuse_other_kinds(raw)
+    _refuse_other_tasks(raw, reward)
     _refuse_keys(raw)
     config = AdapterConfig(
         raw=raw,
@@ -178,7 +191,7 @@ def read_config(folder: Path) -> AdapterConfig:
 
 
 def _refuse_other_kinds(raw: Mapping[str, Any]) -> None:
-    kind, task = raw.get("peft_type"), raw.get("task_type")
+    kind = raw.get("peft_type")
     if not isinstance(kind, str):
         raise BadInput(
             f"{CONFIG_FILE}: peft_type is missing",
@@ -191,12 +204,22 @@ def _refuse_other_kinds(raw: Mapping[str, Any]) -> None:
             "slimport merges LoRA, rsLoRA and DoRA (peft_type LORA)",
             "merge it with peft's merge_and_unload and export the merged model",
         )
-    if task not in (None, "CAUSAL_LM"):
-        reward = " (a reward model or classifier)" if task == "SEQ_CLS" else ""
+
+
+def _refuse_other_tasks(raw: Mapping[str, Any], reward: bool) -> None:
+    task = raw.get("task_type")
+    if reward and task != _REWARD:
         raise Unsupported(
-            f"an adapter for the task {task}{reward} cannot be exported as a language model",
+            f"an adapter for the task {task} cannot be applied to a reward model",
+            f"a reward model scores texts, and its adapters have the task_type {_REWARD}",
+            "export the language model and its adapters by themselves",
+        )
+    if not reward and task not in (None, _LANGUAGE):
+        reward_model = " (a reward model or classifier)" if task == _REWARD else ""
+        raise Unsupported(
+            f"an adapter for the task {task}{reward_model} cannot be exported as a language model",
             "only adapters of causal language models generate text",
-            "use an adapter trained with task_type CAUSAL_LM",
+            f"use an adapter trained with task_type {_LANGUAGE}",
         )
 
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..architectures import DecoderConfig, Kind, Weight
+from ..architectures import SCORE, DecoderConfig, Kind, Weight
 from ..architectures import weights as base_weights
 from ..checkpoint import Float32, Weights
 from ..errors import BadInput, Unsupported
@@ -31,7 +31,8 @@ def read_adapter(folder: Path, name: str, weights: Weights, config: DecoderConfi
         folder: holds adapter_config.json and adapter_model.safetensors.
         name: the adapter's name in bundles and reports.
         weights: the full-precision base.
-        config: of the base.
+        config: of the base; of a reward model also where the base is the causal language model
+            that the adapter gives its score head.
 
     Raises:
         UsageError: the folder does not exist.
@@ -39,13 +40,15 @@ def read_adapter(folder: Path, name: str, weights: Weights, config: DecoderConfi
         Unsupported: another kind of adapter, or something that no weight of this base can hold.
     """
     tensors = open_adapter(folder)
-    settings = read_config(folder)
+    settings = read_config(folder, config.reward)
     known = _known(config)
     source = _Source(settings, known, place_all(tensors, known), config.tied)
     _check_copies(source, weights)
     _check_complete(source)
     deltas, biases = _deltas(source)
     replaced, tokens = _replaced(source), _tokens(source)
+    if config.reward and SCORE not in replaced and SCORE not in weights.names():
+        raise _incomplete(SCORE, "task_type SEQ_CLS, over a base without a score head")
     _check_conflicts(deltas, replaced, tokens)
     if not deltas and not replaced and not tokens:
         raise BadInput(
@@ -84,7 +87,8 @@ class _Source(NamedTuple):
 
 def _known(config: DecoderConfig) -> dict[str, Weight]:
     known = {weight.name: weight for weight in base_weights(config)}
-    known.setdefault(HEAD, Weight(HEAD, known[EMBEDDING].shape, Kind.HEAD, None))
+    if config.tied:
+        known[HEAD] = Weight(HEAD, known[EMBEDDING].shape, Kind.HEAD, None)
     return known
 
 

@@ -44,9 +44,12 @@ class Merged:
 
     def names(self) -> Sequence[str]:
         names = tuple(self.base.names())
-        return (*names, HEAD) if self.adapter.unties and HEAD not in names else names
+        own = [*self.adapter.replaced, *([HEAD] if self.adapter.unties else [])]
+        return (*names, *(name for name in dict.fromkeys(own) if name not in names))
 
     def shape(self, name: str) -> tuple[int, ...]:
+        if name in self.adapter.replaced:  # the base may not have it, such as a score head
+            return self.adapter.replaced[name].shape
         return self.base.shape(self._base_name(name))
 
     def rows(self, name: str, start: int = 0, stop: int | None = None) -> Float32:

@@ -42,6 +42,8 @@ class DecoderConfig:
         attention_softcap, logits_softcap: cap * tanh(x / cap), of scores and logits.
         embedding_multiplier, residual_multiplier, logits_divisor: of embeddings, of what attention
             and feed-forward network add, and of logits.
+        reward: whether it ends in one score of the whole text, and not in logits.
+        pad_id: a reward model scores at the last token that is not this one; None: at the last.
     """
 
     family: Family
@@ -69,6 +71,8 @@ class DecoderConfig:
     embedding_multiplier: float
     residual_multiplier: float
     logits_divisor: float
+    reward: bool = False
+    pad_id: int | None = None
 
     def attention(self, layer: int) -> LayerAttention:
         """What the attention of a layer looks at."""
@@ -88,6 +92,7 @@ def decoder_config(config: Mapping[str, Any]) -> DecoderConfig:
         BadInput: a size is missing, not a number, or contradicts another one.
     """
     family = _family(config)
+    reward = _is_reward(config, family)
     _refuse_unknown(config, family)
     config = {**dict(family.defaults), **config}
     size = partial(whole, config)
@@ -124,7 +129,7 @@ def decoder_config(config: Mapping[str, Any]) -> DecoderConfig:
         context_length=context,
         rms_norm_eps=real(config, "rms_norm_eps"),
         rope=rope,
-        tied=flag(config, "tie_word_embeddings"),
+        tied=flag(config, "tie_word_embeddings") and not reward,
         qkv_bias=attention_bias if family.qkv_bias is None else family.qkv_bias,
         output_bias=attention_bias if family.qkv_bias is None else False,
         mlp_bias=flag(config, "mlp_bias"),
@@ -142,7 +147,26 @@ def decoder_config(config: Mapping[str, Any]) -> DecoderConfig:
         ),
         residual_multiplier=real(config, "residual_multiplier", 1),
         logits_divisor=real(config, "logits_scaling", 1),
+        reward=reward,
+        pad_id=_pad_id(config, size("vocab_size")) if reward else None,
     )
+
+
+def reward_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json of the reward model that a causal language model becomes with a score head.
+
+    Raises:
+        Unsupported: transformers has no such model of this family.
+    """
+    family = _family(config)
+    if family.classifier is None:
+        raise Unsupported(
+            f"a {family.model_type} model cannot be a reward model",
+            "transformers has no sequence classification for this family",
+            "train the reward model on a base of another family",
+        )
+    labels = {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
+    return {**config, **labels, "architectures": [family.classifier]}
 
 
 _MOST_LAYERS = 1 << 16
@@ -167,15 +191,34 @@ def _family(config: Mapping[str, Any]) -> Family:
             f"slimport knows the decoder families {', '.join(sorted(FAMILIES))}",
             "export a model of one of these families",
         )
-    family = FAMILIES[model_type]
+    return FAMILIES[model_type]
+
+
+def _is_reward(config: Mapping[str, Any], family: Family) -> bool:
+    """Whether it is the family's reward model, and not its causal language model."""
     named = config.get("architectures") or [family.architecture]
-    if named != [family.architecture]:
+    if named == [family.architecture]:
+        return False
+    if named != [family.classifier]:
+        kinds = [family.architecture, *([family.classifier] if family.classifier else [])]
         raise Unsupported(
             f"architecture {named!r} is not supported",
-            f"a {model_type} model must be a {family.architecture}",
-            "export the causal language model itself",
+            f"a {family.model_type} model must be a {' or a '.join(kinds)}",
+            "export the causal language model itself, or a reward model",
         )
-    return family
+    labels = config.get("id2label")
+    counts = {len(labels)} if isinstance(labels, Mapping) else set()
+    counts |= {config["num_labels"]} if type(config.get("num_labels")) is int else set()
+    if (counts or {2}) != {1}:  # transformers takes two for granted
+        raise not_held("number of labels", sorted(counts or {2}), "one score, a reward model's,")
+    return True
+
+
+def _pad_id(config: Mapping[str, Any], vocabulary: int) -> int | None:
+    pad = config.get("pad_token_id")
+    if pad is not None and (type(pad) is not int or not 0 <= pad < vocabulary):
+        raise not_held("pad_token_id", pad, f"an id below {vocabulary}, or none,")
+    return pad
 
 
 def _refuse_unknown(config: Mapping[str, Any], family: Family) -> None:

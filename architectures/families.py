@@ -17,6 +17,7 @@ class Kind(Enum):
 
     EMBEDDING = "token_embd"
     HEAD = "output"
+    SCORE = "cls.output"
     FINAL_NORM = "output_norm"
     ATTENTION_NORM = "attn_norm"
     Q = "attn_q"
@@ -59,6 +60,7 @@ class Family:
     Attributes:
         model_type: `model_type` in config.json.
         architecture: the causal-LM class named in config.json.
+        classifier: the class of reward models; None: transformers has none.
         gguf: llama.cpp's `general.architecture`.
         interleaved_rope: whether llama.cpp rotates neighbouring pairs, so q and k rows must be
             permuted from the half-split order of Hugging Face.
@@ -81,6 +83,7 @@ class Family:
     model_type: str
     architecture: str
     gguf: str
+    classifier: str | None = None
     interleaved_rope: bool = False
     qkv_bias: bool | None = None
     norms: Norms = BEFORE
@@ -104,12 +107,13 @@ _GEMMA = Family(
     "gemma",
     "GemmaForCausalLM",
     "gemma",
+    "GemmaForSequenceClassification",
     norm_offset=1.0,
     activation="gelu_tanh",
     activations=_TANH | {"gelu"},  # transformers reads it as the approximation, here alone
     scaled_embedding=True,
     keys=frozenset({"hidden_activation", "use_bidirectional_attention"}),
-    defaults=(("head_dim", 256), ("tie_word_embeddings", True)),
+    defaults=(("head_dim", 256), ("tie_word_embeddings", True), ("pad_token_id", 0)),
 )
 _GEMMA_KEYS = _GEMMA.keys | frozenset(
     """sliding_window sliding_window_pattern query_pre_attn_scalar attn_logit_softcapping
@@ -119,22 +123,37 @@ _GEMMA_WINDOWS = (("query_pre_attn_scalar", 256), ("sliding_window", 4096))
 FAMILIES = {
     family.model_type: family
     for family in (
-        Family("llama", "LlamaForCausalLM", "llama", interleaved_rope=True),
+        Family(
+            "llama",
+            "LlamaForCausalLM",
+            "llama",
+            "LlamaForSequenceClassification",
+            interleaved_rope=True,
+        ),
         Family(
             "mistral",
             "MistralForCausalLM",
             "llama",
+            "MistralForSequenceClassification",
             interleaved_rope=True,
             qkv_bias=False,
             all_windowed=True,
             keys=frozenset({"sliding_window"}),
             defaults=(("sliding_window", 4096),),
         ),
-        Family("qwen2", "Qwen2ForCausalLM", "qwen2", qkv_bias=True, keys=_WINDOW),
+        Family(
+            "qwen2",
+            "Qwen2ForCausalLM",
+            "qwen2",
+            "Qwen2ForSequenceClassification",
+            qkv_bias=True,
+            keys=_WINDOW,
+        ),
         Family(
             "qwen3",
             "Qwen3ForCausalLM",
             "qwen3",
+            "Qwen3ForSequenceClassification",
             qk_norm="head",
             keys=_WINDOW,
             defaults=(("head_dim", 128),),
@@ -144,6 +163,7 @@ FAMILIES = {
             _GEMMA,
             model_type="gemma2",
             architecture="Gemma2ForCausalLM",
+            classifier="Gemma2ForSequenceClassification",
             gguf="gemma2",
             norms=BOTH,
             activations=_TANH,
@@ -160,6 +180,7 @@ FAMILIES = {
             _GEMMA,
             model_type="gemma3_text",
             architecture="Gemma3ForCausalLM",
+            classifier="Gemma3TextForSequenceClassification",
             gguf="gemma3",
             norms=BOTH,
             qk_norm="head",
@@ -173,6 +194,7 @@ FAMILIES = {
             "smollm3",
             "SmolLM3ForCausalLM",
             "smollm3",
+            "SmolLM3ForSequenceClassification",
             interleaved_rope=True,
             no_rope_period=4,
             keys=_WINDOW | {"no_rope_layers", "no_rope_layer_interval"},
@@ -180,12 +202,14 @@ FAMILIES = {
                 ("rope_theta", 2e6),
                 ("num_key_value_heads", 4),
                 ("tie_word_embeddings", True),
+                ("pad_token_id", 128004),
             ),
         ),
         Family(
             "phi3",
             "Phi3ForCausalLM",
             "phi3",
+            "Phi3ForSequenceClassification",
             qkv_bias=False,
             fused=True,
             all_windowed=True,
@@ -193,9 +217,17 @@ FAMILIES = {
                 """sliding_window original_max_position_embeddings partial_rotary_factor resid_pdrop
                 embd_pdrop full_attn_mod interpolate_factor auto_map""".split()
             ),
-            defaults=(("original_max_position_embeddings", 4096),),
+            defaults=(("original_max_position_embeddings", 4096), ("pad_token_id", 32000)),
         ),
-        Family("olmo2", "Olmo2ForCausalLM", "olmo2", norms=AFTER, qk_norm="row"),
+        Family(
+            "olmo2",
+            "Olmo2ForCausalLM",
+            "olmo2",
+            "Olmo2ForSequenceClassification",
+            norms=AFTER,
+            qk_norm="row",
+            defaults=(("pad_token_id", 1),),
+        ),
         Family(
             "granite",
             "GraniteForCausalLM",
@@ -218,6 +250,6 @@ COMMON_KEYS = frozenset(
     attention_dropout bos_token_id eos_token_id pad_token_id dtype torch_dtype initializer_range
     pretraining_tp transformers_version use_cache return_dict output_attentions problem_type
     output_hidden_states chunk_size_feed_forward is_encoder_decoder is_decoder id2label label2id
-    tokenizer_class prefix unsloth_fixed unsloth_version quantization_config is_causal
+    num_labels tokenizer_class prefix unsloth_fixed unsloth_version quantization_config is_causal
     is_llama_config transformers.js_config""".split()
 )

@@ -29,6 +29,7 @@ _QK_NORMS = {Kind.Q_NORM: "self_attn.q_norm", Kind.K_NORM: "self_attn.k_norm"}
 _NORMS = frozenset({Kind.FINAL_NORM, *_QK_NORMS, *(kind for kind, _ in BOTH)})
 TABLES = frozenset({Kind.EMBEDDING, Kind.HEAD})
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+SCORE = "score.weight"
 _TIED_ROWS = 4096
 
 
@@ -50,7 +51,8 @@ class Weight:
 
     @property
     def is_matrix(self) -> bool:
-        return len(self.shape) == 2
+        """Something to quantize: the single row of a score head is not."""
+        return len(self.shape) == 2 and self.kind is not Kind.SCORE
 
     @property
     def is_table(self) -> bool:
@@ -86,7 +88,9 @@ def weights(config: DecoderConfig) -> tuple[Weight, ...]:
         found += _layer_weights(config, layer)
     norm = (config.hidden_size,)
     found.append(Weight("model.norm.weight", norm, Kind.FINAL_NORM, None))
-    if not config.tied:
+    if config.reward:
+        found.append(Weight(SCORE, (1, config.hidden_size), Kind.SCORE, None))
+    elif not config.tied:
         found.append(Weight(HEAD, table, Kind.HEAD, None))
     return tuple(found)
 

@@ -54,8 +54,22 @@ def read_text(path: Path, render: RenderChat | None = None) -> str:
         UsageError: there is no such file.
         BadInput: not UTF-8, or a line is malformed.
     """
+    text = read_utf8(path)
+    if path.suffix != ".jsonl":
+        return text
+    lines = enumerate(text.split("\n"), start=1)
+    return "\n\n".join(_document(path, n, line, render) for n, line in lines if line.strip())
+
+
+def read_utf8(path: Path) -> str:
+    """A text file, UTF-8 with or without a byte order mark.
+
+    Raises:
+        UsageError: there is no such file.
+        BadInput: not UTF-8.
+    """
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        return path.read_bytes().decode("utf-8-sig")
     except (FileNotFoundError, IsADirectoryError) as error:
         raise UsageError(
             f"no text file {path}", "the path does not exist or is a folder", "check the path"
@@ -66,10 +80,6 @@ def read_text(path: Path, render: RenderChat | None = None) -> str:
             f"byte {error.start} cannot be decoded",
             "convert the file: iconv -t UTF-8",
         ) from error
-    if path.suffix != ".jsonl":
-        return text
-    lines = enumerate(text.split("\n"), start=1)
-    return "\n\n".join(_document(path, n, line, render) for n, line in lines if line.strip())
 
 
 def _document(path: Path, number: int, line: str, render: RenderChat | None) -> str:
@@ -83,17 +93,18 @@ def _document(path: Path, number: int, line: str, render: RenderChat | None) -> 
             case {"prompt": prompt, "completion": answer} | {"prompt": prompt, "chosen": answer}:
                 if isinstance(prompt, str) and isinstance(answer, str):
                     return prompt + answer
-                return _chat([*_said("user", prompt), *_said("assistant", answer)], render)
+                return _chat([*said("user", prompt), *said("assistant", answer)], render)
             case {"instruction": str(asked), "output": str(answer), **others}:
                 asked += f"\n{others['input']}" if others.get("input") else ""
-                return _chat([*_said("user", asked), *_said("assistant", answer)], render)
+                return _chat([*said("user", asked), *said("assistant", answer)], render)
         why = "no text, messages, prompt with completion or chosen, instruction with output"
     except (ValueError, TypeError, KeyError) as error:
         why = f"{type(error).__name__}: {error}"
     raise BadInput(f"{path}, line {number} is malformed", why, "correct or remove the line")
 
 
-def _said(role: str, content: str | list[dict[str, str]]) -> list[dict[str, str]]:
+def said(role: str, content: str | list[dict[str, str]]) -> list[dict[str, str]]:
+    """Messages as they are, or a text as the only message of `role`."""
     return [{"role": role, "content": content}] if isinstance(content, str) else content
 
 
@@ -116,7 +127,7 @@ def token_windows(
     """
     ids = np.array(tokenizer.encode(text), np.int32)
     if ids.size:
-        _check_ids(ids, tokenizer, vocab_size)
+        check_ids(ids, tokenizer, vocab_size)
     start = [tokenizer.bos_id] if tokenizer.adds_bos and tokenizer.bos_id is not None else []
     return cut(ids, start, length, count)
 
@@ -149,7 +160,8 @@ def windows_of(ids: Int32) -> Windows:
     return Windows(ids, f"sha256:{digest.hexdigest()}")
 
 
-def _check_ids(ids: Int32, tokenizer: Tokenizer, vocab_size: int) -> None:
+def check_ids(ids: Int32, tokenizer: Tokenizer, vocab_size: int) -> None:
+    """Raise BadInput if an id is outside the model's vocabulary."""
     highest = int(ids.max())
     if highest >= vocab_size:
         raise BadInput(

@@ -15,7 +15,6 @@ from ..checkpoint import license_files
 from ..export.container import Container
 from ..quantize.plan import Plan
 from ..quantize.store import QuantizedCheckpoint
-from ..quantize.windows import Windows
 from ..settings import format_size
 from ..targets.target import Target
 from .source import Source
@@ -76,9 +75,13 @@ def write_tokenizer_notes(source: Source, golden: dict[str, Any] | None, folder:
 
 
 def inputs(
-    source: Source, quantized: QuantizedCheckpoint, judged_on: Mapping[str, Windows]
+    source: Source, quantized: QuantizedCheckpoint, judged_on: Mapping[str, str]
 ) -> dict[str, Any]:
-    """Names and digests of all that went in; never a local path or a host name."""
+    """Names and digests of all that went in; never a local path or a host name.
+
+    Args:
+        judged_on: digests of the texts.
+    """
     return {
         "model": {
             "name": source.checkpoint.name,
@@ -97,7 +100,7 @@ def inputs(
             for entry, adapter in source.adapters
         ],
         "calibration": quantized.calibration,
-        "judged_on": {name: windows.digest for name, windows in judged_on.items()},
+        "judged_on": dict(judged_on),
     }
 
 
@@ -134,6 +137,7 @@ def write_readme(
         "stops": ", ".join(repr(stop) for stop in stops(source)),
         "bos": source.tokenizer.library.id_to_token(bos) if bos is not None else "",
         "notes": "".join(f"\n- {note}" for note in notes(container, source, plan)),
+        "kind": "reward" if source.decoder.reward else "language",
     }
     names = [path.relative_to(folder).as_posix() for path in files.adapters]
     (folder / "README.md").write_text(container.readme(fields, names), encoding="utf-8")
@@ -148,11 +152,22 @@ def judged(report: Mapping[str, Any] | None) -> str:
     """What is known of accuracy and memory, in a few sentences."""
     if report is None:
         return "It was not judged (--no-validate): accuracy and memory are not known."
-    footprint, accuracy = report["footprint"], report["accuracy"]["held_out"]
+    footprint = report["footprint"]
     total, mapped = footprint["memory_bytes"], footprint["memory"]["mapped"]
+    if "preference" in report:
+        found = report["preference"]["held_out"]
+        accuracy = (
+            f"{found['pair_agreement']:.1%} of {found['pairs']} held-out pairs in the same order as"
+            f" full precision, scores off by {found['score_rmse']:.3g} (root mean square)"
+        )
+    else:
+        found = report["accuracy"]["held_out"]
+        accuracy = (
+            f"mean KL {found['kl_mean']:.4g} nats and top-1 agreement {found['top1']:.1%} with full"
+            " precision on held-out text"
+        )
     return (
-        f"Judged with {report['runtime']}: mean KL {accuracy['kl_mean']:.4g} nats and top-1"
-        f" agreement {accuracy['top1']:.1%} with full precision on held-out text. It wants"
+        f"Judged with {report['runtime']}: {accuracy}. It wants"
         f" {format_size(total)} of memory at a context of {footprint['context_length']} tokens:"
         f" {format_size(mapped)} of it is the mapped file, which Android may drop and read again;"
         " the rest is anonymous."

@@ -9,16 +9,17 @@ from typing import NamedTuple
 
 from ..errors import DependencyMissing, Unsupported
 from ..export.container import Container
-from ..validation.runtime import Runtime
+from ..validation.runtime import Runtime, Scorer
 
 NAMES = ("gguf", "onnx", "qnn")
 
 
 class Pair(NamedTuple):
-    """A file format, and what executes it."""
+    """A file format, and what executes it; `scorer`: its reward models, None: it has none."""
 
     container: Container
     runtime: Runtime
+    scorer: Scorer | None = None
 
 
 def load(name: str) -> Pair:
@@ -38,7 +39,7 @@ def load(name: str) -> Pair:
             from ..export import onnx
             from ..validation.runtimes import onnxruntime
 
-            return Pair(onnx, onnxruntime)
+            return Pair(onnx, onnxruntime, onnxruntime)
         if name == "qnn":
             from ..export import qnn
             from ..validation.runtimes import qnn as emulator

@@ -124,11 +124,16 @@ def _memory(plan: Plan) -> int:
 
 
 def _temporary(recipe: Recipe, plan: Plan, source: Source) -> int:
-    """Activations of two calibration streams, then the logits of one text: never together."""
+    """Activations of two calibration streams, then the logits of one text: never together.
+
+    Scores of a reward model take no disk.
+    """
     tokens = recipe.quantize.calibration_windows * recipe.quantize.calibration_length
     activations = 2 * 4 * tokens * source.decoder.hidden_size if plan.calibrated else 0
     judged = recipe.validate.windows * recipe.validate.window_length
     logits = min(3 * 4 * judged * source.decoder.vocab_size, 6_000_000_000)
+    if source.decoder.reward:
+        logits = 0
     return max(activations, logits)
 
 

@@ -21,7 +21,8 @@ from ..targets.target import Limit, Target, load_target
 from ..validation import budget, conformance, report
 from ..validation.footprint import footprint
 from ..validation.judge import Case, Judgement, fitted, golden_json, judge
-from ..validation.runtime import Runtime
+from ..validation.reward import RewardCase, RewardJudgement, judge_reward
+from ..validation.runtime import Runtime, Scorer
 from ..validation.runtimes.reference import Oracle
 from . import assembly, containers
 from .assembly import Files
@@ -45,6 +46,13 @@ class Job:
     def runtime(self) -> Runtime:
         """What judges the container."""
         return containers.load(self.container.NAME).runtime
+
+    @property
+    def scorer(self) -> Scorer:
+        """What judges a reward model in the container."""
+        scorer = containers.load(self.container.NAME).scorer
+        assert scorer is not None, "plan_jobs refuses the others"
+        return scorer
 
     def files(self, source: Source, plan: Plan) -> Files:
         """Those of the finished bundle."""
@@ -95,10 +103,13 @@ def plan_jobs(recipe: Recipe, source: Source, plan: Plan) -> list[Job]:
             "a bundle is made for a device profile",
             "give --target android, or set `targets` in slimport.toml",
         )
+    budget.refuse_foreign(recipe.budgets, "reward" if source.decoder.reward else "language")
     jobs = []
     for name in recipe.targets:
         target = load_target(name)
         container = _container(target, recipe.container)
+        if source.decoder.reward:
+            _refuse_reward(container)
         container.refuse(source.decoder, plan, source.tokenizer)
         for adapter in separate_adapters(source):
             container.refuse_adapter(adapter)
@@ -128,6 +139,16 @@ def _container(target: Target, wanted: str | None) -> Container:
     )
 
 
+def _refuse_reward(container: Container) -> None:
+    if containers.load(container.NAME).scorer is None:
+        able = [name for name in containers.NAMES if containers.load(name).scorer]
+        raise Unsupported(
+            f"container {container.NAME} cannot hold a reward model",
+            "slimport does not make its runtime score texts",
+            f"write one that can: --container {able[0]}",
+        )
+
+
 def build(
     job: Job,
     recipe: Recipe,
@@ -142,7 +163,7 @@ def build(
     with bundle.building(job.destination) as folder:
         files = pack(job, source, quantized, folder, progress)
         assembly.copy_licenses(source, texts.files, folder)
-        if not texts.judged:
+        if not texts.digests:
             if recipe.pre is not None:  # a claim of the user's, and quick to check
                 conformance.check(source.tokenizer, files.model, job.runtime)
             assembly.write_tokenizer_notes(source, None, folder)
@@ -152,10 +173,9 @@ def build(
             bundle.write_manifest(folder, _manifest(job, recipe, source, quantized, texts, None))
             return
         texts = fitted_texts(job, texts, files)
-        case = case_of(job, source, quantized, texts, files)
-        judgement = judge(case, job.runtime, work, progress)
+        judgement, golden = judged(job, source, quantized, texts, files, work, progress)
         found = report_on(job, recipe, source, quantized, texts, files, judgement, quantized.errors)
-        assembly.write_tokenizer_notes(source, golden_json(judgement, case), folder)
+        assembly.write_tokenizer_notes(source, golden, folder)
         assembly.write_readme(
             job.container, job.target, source, quantized.plan, found, files, folder
         )
@@ -212,21 +232,45 @@ def fitted_texts(job: Job, texts: Texts, files: Files) -> Texts:
     return replace(texts, judged=judged, origins=origins)
 
 
-def case_of(
-    job: Job, source: Source, quantized: QuantizedCheckpoint, texts: Texts, files: Files
-) -> Case:
+def judged(
+    job: Job,
+    source: Source,
+    quantized: QuantizedCheckpoint,
+    texts: Texts,
+    files: Files,
+    work: Path,
+    progress: Progress,
+) -> tuple[Judgement | RewardJudgement, dict[str, Any]]:
+    """What was found of a finished container, and golden.json."""
     separate = source.mode == "separate"
     expected = oracle(source)
-    return Case(
+    codes = Oracle(
+        quantized.folder,
+        adapter=expected.adapter if separate else None,
+        scale=expected.scale if separate else 1.0,
+        quantized=True,
+        reward=expected.reward,
+    )
+    if source.decoder.reward:
+        scored = judge_reward(
+            RewardCase(
+                file=files.model,
+                oracle=expected,
+                codes=codes,
+                tokenizer=source.tokenizer,
+                pairs=texts.pairs,
+                context=job.target.context_length,
+                prompt_lengths=job.target.prompt_lengths,
+            ),
+            job.scorer,
+            progress,
+        )
+        return scored, scored.golden_json()
+    case = Case(
         file=files.model,
         adapter=files.adapters[0] if files.adapters else None,
         oracle=expected,
-        codes=Oracle(
-            quantized.folder,
-            adapter=expected.adapter if separate else None,
-            scale=expected.scale if separate else 1.0,
-            quantized=True,
-        ),
+        codes=codes,
         tokenizer=source.tokenizer,
         texts=texts.judged,
         kv_cache=job.target.kv_cache,
@@ -234,6 +278,8 @@ def case_of(
         prompt_lengths=job.target.prompt_lengths,
         prompts=texts.prompts,
     )
+    judgement = judge(case, job.runtime, work, progress)
+    return judgement, golden_json(judgement, case)
 
 
 def report_on(
@@ -243,7 +289,7 @@ def report_on(
     quantized: QuantizedCheckpoint,
     texts: Texts,
     files: Files,
-    judgement: Judgement,
+    judgement: Judgement | RewardJudgement,
     errors: Mapping[str, float],
 ) -> dict[str, Any]:
     """report.json; `errors` are relative RMSE by weight."""
@@ -271,7 +317,7 @@ def report_on(
             for entry, adapter in source.adapters
         ],
         texts=texts.origins,
-        samples=_samples(source, judgement),
+        samples=_samples(source, judgement) if isinstance(judgement, Judgement) else (),
         inputs=_inputs(job, source, quantized, texts),
         tools=assembly.tools(job.container),
         findings=limits.findings(job.target, files.model.parent, sizes.download_bytes),
@@ -308,7 +354,7 @@ def _inputs(
     job: Job, source: Source, quantized: QuantizedCheckpoint, texts: Texts
 ) -> dict[str, Any]:
     """As assembly.inputs, with the text that activations were observed on."""
-    found = assembly.inputs(source, quantized, texts.judged)
+    found = assembly.inputs(source, quantized, texts.digests)
     observed = job.deployment.calibration
     return found if observed is None else found | {"activations": observed.digest}
 

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..adapters.adapter import Adapter
+from ..adapters.config import trains_reward
 from ..adapters.lora import read_adapter
 from ..adapters.merge import Merged, merged_config
-from ..architectures import DecoderConfig, check_weights, decoder_config
+from ..architectures import DecoderConfig, check_weights, decoder_config, reward_config
 from ..checkpoint import Checkpoint, Weights
 from ..errors import Unsupported, UsageError
 from ..quantize.plan import Plan, make_plan
@@ -58,15 +59,18 @@ def open_source(recipe: Recipe, *, offline: bool = False) -> Source:
     base = Checkpoint.open(recipe.model, revision=recipe.revision, offline=offline)
     decoder = decoder_config(base.config)
     check_weights(decoder, base)
+    config = dict(base.config)
+    if not decoder.reward and any(trains_reward(entry.path) for entry in recipe.adapters):
+        config = reward_config(config)
+        decoder = decoder_config(config)
     adapters = tuple(
         (entry, read_adapter(entry.path, entry.name, base, decoder)) for entry in recipe.adapters
     )
     weights: Weights = base
-    config = dict(base.config)
     if recipe.adapter_mode == "merged" and adapters:
         entry, adapter = _only(adapters)
         weights = Merged(base, adapter, entry.scale)
-        config = merged_config(base.config, adapter)
+        config = merged_config(config, adapter)
     return Source(
         name=recipe.name or base.name,
         checkpoint=base,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..errors import BadInput, UsageError
@@ -11,9 +11,12 @@ from ..quantize import imatrix
 from ..quantize.imatrix import Imatrix
 from ..quantize.windows import Windows, read_text, token_windows, windows_of
 from ..recipe import Recipe
+from ..recipe import Texts as GivenTexts
 from ..tokenizer.tokenizer import Tokenizer
+from ..validation.preference import Pairs
 from ..validation.runtimes import reference
 from ..validation.runtimes.reference import Oracle
+from .pairs import read_pairs
 from .source import Source
 
 Progress = Callable[[str, int, int], None]
@@ -30,7 +33,8 @@ class Texts:
 
     Attributes:
         calibration: windows of text, or an importance matrix; None where nothing is calibrated.
-        judged: "held_out" and, if there is one, "out_of_distribution".
+        judged: "held_out" and, if there is one, "out_of_distribution"; none of a reward model.
+        pairs: the same of a reward model.
         origins: what each is: a file's name, or SAMPLED.
         files: the files that were read, for their licences.
         prompts: {what the reader sees: ids} for golden tokens and samples.
@@ -41,6 +45,13 @@ class Texts:
     origins: Mapping[str, str]
     files: list[Path]
     prompts: Mapping[str, list[int]]
+    pairs: Mapping[str, Pairs] = field(default_factory=dict)
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """Of what is judged on, by text."""
+        texts: Mapping[str, Windows | Pairs] = {**self.judged, **self.pairs}
+        return {name: found.digest for name, found in texts.items()}
 
 
 def read_texts(
@@ -59,7 +70,8 @@ def read_texts(
 
     Raises:
         BadInput: a file is malformed or too short for one window.
-        UsageError: a prompt is longer than the context.
+        UsageError: a prompt is longer than the context, or a text is missing that a reward model
+            cannot write.
     """
     given = recipe.texts
     longest = source.decoder.context_length
@@ -77,7 +89,14 @@ def read_texts(
             given.calibration, source, length, count, _CALIBRATION_SEED, progress
         )
     judged: dict[str, Windows] = {}
-    if validate:
+    pairs: dict[str, Pairs] = {}
+    if validate and source.decoder.reward:
+        for name, path in _pair_files(given).items():
+            pairs[name], count = read_pairs(
+                path, source.tokenizer, context, recipe.validate.pairs, source.decoder.vocab_size
+            )
+            origins[name] = f"{path.name}, {len(pairs[name].chosen)} of {count} pairs"
+    elif validate:
         length = min(recipe.validate.window_length, context)
         fits = _LOGITS_LIMIT // (4 * length * source.decoder.vocab_size)
         count = max(2, min(recipe.validate.windows, fits))
@@ -89,8 +108,19 @@ def read_texts(
             origins["out_of_distribution"] = given.eval_ood.name
             judged["out_of_distribution"] = _read(given.eval_ood, source, length, count)
     files = [path for path in (given.calibration, given.eval, given.eval_ood) if path]
-    prompts = _prompts(recipe, source, judged, context) if validate else {}
-    return Texts(calibration, judged, origins, files, prompts)
+    prompts = _prompts(recipe, source, judged, context) if judged else {}
+    return Texts(calibration, judged, origins, files, prompts, pairs)
+
+
+def _pair_files(given: GivenTexts) -> dict[str, Path]:
+    if given.eval is None:
+        raise UsageError(
+            "there is nothing to judge the reward model on",
+            "it writes no text of its own: its scores are compared on pairs of answers",
+            "give pairs as JSONL: --eval FILE, each line with `prompt`, `chosen` and `rejected`",
+        )
+    ood = {"out_of_distribution": given.eval_ood} if given.eval_ood else {}
+    return {"held_out": given.eval, **ood}
 
 
 def _read_or_sample(
@@ -98,6 +128,12 @@ def _read_or_sample(
 ) -> Windows:
     if path is not None:
         return _read(path, source, length, count)
+    if source.decoder.reward:
+        raise UsageError(
+            "there is no text to calibrate on",
+            "a reward model writes none of its own",
+            "give one: --calibration FILE; or take --method rtn, which needs none",
+        )
     ids = reference.sample(
         oracle(source),
         _start_of_text(source.tokenizer),
@@ -156,6 +192,6 @@ def _prompts(
 def oracle(source: Source) -> Oracle:
     """The full-precision base with the first adapter, as transformers and peft run it."""
     if not source.adapters:
-        return Oracle(source.checkpoint.folder)
+        return Oracle(source.checkpoint.folder, reward=source.decoder.reward)
     entry, _ = source.adapters[0]
-    return Oracle(source.checkpoint.folder, entry.path, entry.scale)
+    return Oracle(source.checkpoint.folder, entry.path, entry.scale, reward=source.decoder.reward)

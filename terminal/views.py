@@ -34,7 +34,12 @@ def bundle(folder: Path) -> None:
 
 def report(found: Mapping[str, Any]) -> None:
     """Accuracy, footprint, speed and budgets of a joined report."""
-    table("", ["accuracy", "KL mean", "KL 99%", "top-1", "perplexity", "tokens"], _accuracy(found))
+    if "preference" in found:
+        columns = ["scores", "same order", "difference", "of the spread", "chosen ahead", "pairs"]
+        table("", columns, _preference(found))
+    else:
+        columns = ["accuracy", "KL mean", "KL 99%", "top-1", "perplexity", "tokens"]
+        table("", columns, _accuracy(found))
     footprint = found["footprint"]
     memory = footprint["memory"]
     table(
@@ -49,6 +54,8 @@ def report(found: Mapping[str, Any]) -> None:
     )
     if speed := found["measurements"]["speed"]:
         columns = ["on this machine: prompt", "TTFT", "prompt tokens/s", "generated tokens/s"]
+        if "preference" in found:
+            columns = ["on this machine: text", "score after", "tokens/s"]
         table("", columns, [_speed(row) for row in speed])
     budgets(found["budgets"])
     fallbacks(found["fallbacks"])
@@ -73,12 +80,27 @@ def _accuracy(found: Mapping[str, Any]) -> list[list[str]]:
     ]
 
 
+def _preference(found: Mapping[str, Any]) -> list[list[str]]:
+    return [
+        [
+            text.replace("_", " "),
+            f"{row['pair_agreement']:.1%}",
+            f"{row['score_rmse']:.4f}",
+            f"{row['score_error']:.2%}",
+            f"{row['accuracy_reference']:.1%} > {row['accuracy']:.1%}",
+            f"{row['pairs']:,}",
+        ]
+        for text, row in found["preference"].items()
+    ]
+
+
 def _speed(row: Mapping[str, Any]) -> list[str]:
+    generated = row["generation_tps"]
     return [
         f"{row['prompt_tokens']}",
         f"{row['ttft_s'] * 1000:.0f} ms",
         f"{row['prompt_tps']:.0f}",
-        f"{row['generation_tps']:.0f}",
+        *([] if generated is None else [f"{generated:.0f}"]),
     ]
 
 

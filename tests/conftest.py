@@ -27,6 +27,7 @@ from tokenizers.trainers import BpeTrainer
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
 )
 from transformers.utils import logging
 
@@ -216,8 +217,8 @@ def make_model(tmp_path_factory: pytest.TempPathFactory) -> MakeModel:
     """make_model(family, tokenizer=..., dtype=..., shard_size=..., seed=..., **config) -> folder.
 
     `family` is a key of FAMILIES; `tokenizer` is gpt2, of SPLITS or of SENTENCEPIECE; `config`
-    overrides CONFIG (hidden 64, ffn 96, 2 layers, 4 heads, 2 kv heads, context 256, tied). Equal
-    arguments give the same folder.
+    overrides CONFIG (hidden 64, ffn 96, 2 layers, 4 heads, 2 kv heads, context 256, tied);
+    `reward` makes it a reward model. Equal arguments give the same folder.
     """
     made: dict[str, Path] = {}
 
@@ -228,9 +229,10 @@ def make_model(tmp_path_factory: pytest.TempPathFactory) -> MakeModel:
         dtype: str = "float32",
         shard_size: str = "1GB",
         seed: int = 0,
+        reward: bool = False,
         **overrides: Any,
     ) -> Path:
-        key = repr((family, tokenizer, dtype, shard_size, seed, sorted(overrides.items())))
+        key = repr((family, tokenizer, dtype, shard_size, seed, reward, sorted(overrides.items())))
         if key not in made:
             style, own = FAMILIES[family]
             folder = tmp_path_factory.mktemp(f"tiny-{family}")
@@ -240,10 +242,15 @@ def make_model(tmp_path_factory: pytest.TempPathFactory) -> MakeModel:
                 for name, token in (("bos", BOS), ("eos", EOS), ("pad", PAD))
             }
             config = AutoConfig.for_model(family, **(CONFIG | own | special | overrides))
-            model = AutoModelForCausalLM.from_config(config)
+            ends = [ids.token_to_id(END), ids.token_to_id(EOS)]
+            if reward:
+                config.num_labels, config.eos_token_id = 1, ends
+                model = AutoModelForSequenceClassification.from_config(config)
+            else:
+                model = AutoModelForCausalLM.from_config(config)
+                model.generation_config.eos_token_id = ends
             _randomize(model, seed)
             model.to(getattr(torch, dtype))
-            model.generation_config.eos_token_id = [ids.token_to_id(END), ids.token_to_id(EOS)]
             model.save_pretrained(folder, max_shard_size=shard_size)
             made[key] = folder
         return made[key]

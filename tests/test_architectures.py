@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from slimport.architectures import (
     EMBEDDING,
@@ -22,6 +22,7 @@ from slimport.architectures import (
     Rope,
     check_weights,
     decoder_config,
+    reward_config,
     weights,
 )
 from slimport.checkpoint import Checkpoint, Float32
@@ -30,6 +31,7 @@ from slimport.export import gguf
 from slimport.export.gguf import layout
 from slimport.quantize.plan import make_plan
 
+REWARD = "LlamaForSequenceClassification"
 LLAMA: dict[str, Any] = {
     "model_type": "llama",
     "architectures": ["LlamaForCausalLM"],
@@ -169,6 +171,24 @@ def test_published_models_are_understood(name: str) -> None:
     layout.tensor_infos(config, make_plan(config))
 
 
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_reward_models_of_published_bases(name: str) -> None:
+    """Their weights, and the token that they take for padding, are those of transformers."""
+    if decoder_config(PUBLISHED[name]).family.classifier is None:
+        with pytest.raises(Unsupported, match="cannot be a reward model"):
+            reward_config(PUBLISHED[name])
+        return
+    fields = reward_config(PUBLISHED[name])
+    config = decoder_config(fields)
+    with torch.device("meta"):
+        model = AutoModelForSequenceClassification.from_config(AutoConfig.for_model(**fields))
+    expected = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    assert {weight.name: weight.shape for weight in weights(config)} == expected
+    assert type(model).__name__ == config.family.classifier
+    assert config.pad_id == model.config.pad_token_id
+    assert config.reward and not config.tied
+
+
 GEMMA2, GEMMA3 = PUBLISHED["gemma-2-2b-it"], PUBLISHED["gemma-3-1b-it"]
 LINEAR = {"rope_type": "linear", "factor": 8}
 
@@ -271,7 +291,10 @@ def test_rope(keys: dict[str, Any], expected: Rope) -> None:
     [
         ({"model_type": "gpt2"}, "family 'gpt2' is not supported"),
         ({"model_type": ["llama"]}, "is not supported"),
-        ({"architectures": ["LlamaForSequenceClassification"]}, "SequenceClassification"),
+        ({"architectures": ["LlamaForTokenClassification"]}, "TokenClassification"),
+        ({"architectures": [REWARD]}, r"number of labels = \[2\]"),  # which transformers takes
+        ({"architectures": [REWARD], "num_labels": 3}, r"number of labels = \[3\]"),
+        ({"architectures": [REWARD], "num_labels": 1, "pad_token_id": 1 << 20}, "pad_token_id"),
         ({"architectures": "LlamaForCausalLM"}, "architecture 'LlamaForCausalLM'"),
         ({"sliding_window_pattern": 6}, "sliding_window_pattern = 6 is not understood"),
         ({"auto_map": {"AutoModel": "modeling.py"}}, "auto_map"),

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, TypeGuard
 
-from ..errors import BudgetExceeded, SlimportError, ValidationFailed
+from ..errors import BudgetExceeded, SlimportError, UsageError, ValidationFailed
 from ..settings import METRICS, format_size
 from ..targets.target import Limit
 
@@ -39,9 +39,27 @@ def limits(targeted: Mapping[str, Limit], own: Mapping[str, float]) -> dict[str,
 
 
 def check(report: Mapping[str, Any], limits: Mapping[str, Limit]) -> list[Budget]:
-    """Compare the figures of a report.json with limits, in the order of settings.METRICS."""
-    values = measured(report)
-    return [_budget(metric, limits[metric], values) for metric in METRICS if metric in limits]
+    """Compare the figures of a report.json with limits, in the order of settings.METRICS.
+
+    A target's limits are for language models and reward models: each has its own metrics.
+    """
+    values, kind = measured(report), report.get("kind", "language")
+    return [
+        _budget(name, limits[name], values)
+        for name, metric in METRICS.items()
+        if name in limits and metric.of in (None, kind)
+    ]
+
+
+def refuse_foreign(own: Mapping[str, float], kind: str) -> None:
+    """Raise UsageError for a limit of a recipe on a metric that this kind of model has not."""
+    for name in own:
+        if METRICS[name].of not in (None, kind):
+            raise UsageError(
+                f"a budget for {name}, which no {kind} model has",
+                f"it is a figure of {METRICS[name].of} models, so the limit would be ignored",
+                f"remove {name} from [budgets]",
+            )
 
 
 def measured(report: Mapping[str, Any]) -> dict[str, float]:
@@ -51,11 +69,13 @@ def measured(report: Mapping[str, Any]) -> dict[str, float]:
     """
     footprint = _table(report, "footprint")
     accuracy = _table(_table(report, "accuracy"), "held_out")
+    preference = _table(_table(report, "preference"), "held_out")
     memory = _table(footprint, "memory")
     anonymous = ["repacked", "kv_cache", "compute", *(["adapter"] if "adapter" in memory else [])]
     found = {
         **{key: footprint.get(key) for key in ("device_bytes", "download_bytes", "model_bytes")},
         **{key: accuracy.get(key) for key in ("kl_mean", "top1")},
+        **{key: preference.get(key) for key in ("score_error", "pair_agreement")},
         **{key: _table(report, "accelerator").get(key) for key in _NPU},
         "memory_bytes": _total(memory, ("mapped", *anonymous)),
         "anonymous_bytes": _total(memory, anonymous),

@@ -10,7 +10,7 @@ from typing import Any
 from ..errors import BadInput, ValidationFailed
 from ..tokenizer.conformance import CHATS, Chat
 from ..tokenizer.tokenizer import Tokenizer
-from .runtime import Runtime, Vocabulary
+from .runtime import Reader, Vocabulary
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +55,7 @@ class Conformance:
         }
 
 
-def check(tokenizer: Tokenizer, file: Path, runtime: Runtime) -> Conformance:
+def check(tokenizer: Tokenizer, file: Path, runtime: Reader) -> Conformance:
     """Compare `tokenizer` with the tokenizer that `runtime` reads from `file`.
 
     Raises:

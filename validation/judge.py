@@ -15,7 +15,7 @@ import numpy as np
 from ..errors import ValidationFailed
 from ..quantize.windows import Windows, windows_of
 from ..tokenizer.tokenizer import Tokenizer
-from . import conformance, divergence, logits
+from . import budget, conformance, divergence, logits
 from .conformance import Conformance
 from .divergence import Divergence
 from .runtime import Effort, Generation, Ids, Measurements, Runtime
@@ -24,7 +24,7 @@ from .runtimes.reference import Oracle
 
 Progress = Callable[[str, int, int], None]
 GOLDEN_TOKENS = 96
-_SHORT = 64  # tokens: products in float32 are slow
+SHORT = 64  # tokens: products in float32 are slow
 # Nats at any token. The noise of float32 was at most 2e-10 in any family on tiny models, and grows
 # with the square of that of logits; a graph that is wrong is off by far more.
 _SAME_MODEL = 1e-6
@@ -78,6 +78,22 @@ class Judgement:
     golden: dict[str, Generation]
     expected: dict[str, Generation]
 
+    def to_json(self, codes_equal: bool) -> dict[str, Any]:
+        """Its part of report.json; `codes_equal`: whether the file holds the very codes."""
+        accuracy = {name: found.to_json() for name, found in self.accuracy.items()}
+        for table in accuracy.values():
+            table["ppl_ratio"] = budget.ratio(table)
+        return {
+            "accuracy": accuracy,
+            "errors": {
+                "quantization": {"kl_mean": self.quantization.kl_mean},
+                "file": {"codes_equal": codes_equal},
+                **({"graph": {"kl_max": self.graph.kl_max}} if self.graph else {}),
+                "runtime": {"kl_mean": self.runtime.kl_mean},
+            },
+            "tokenizer": self.conformance.to_json(),
+        }
+
 
 def judge(case: Case, runtime: Runtime, work: Path, progress: Progress) -> Judgement:
     """Run oracle, codes and artifact over the same windows and compare them.
@@ -101,7 +117,7 @@ def judge(case: Case, runtime: Runtime, work: Path, progress: Progress) -> Judge
         count,
         kv_cache=case.kv_cache,
         adapter=case.adapter,
-        progress=_stage(progress, "greedy answers", "prompts"),
+        progress=stage(progress, "greedy answers", "prompts"),
     )
     expected = reference.generate(case.oracle, prompts, count, eos_ids=case.tokenizer.eos_ids)
     return Judgement(
@@ -116,7 +132,7 @@ def judge(case: Case, runtime: Runtime, work: Path, progress: Progress) -> Judge
             case.prompt_lengths,
             kv_cache=case.kv_cache,
             adapter=case.adapter,
-            progress=_stage(progress, "speed", "by prompt length"),
+            progress=stage(progress, "speed", "by prompt length"),
         ),
         golden=dict(zip(case.prompts, golden, strict=True)),
         expected=dict(zip(case.prompts, expected, strict=True)),
@@ -128,7 +144,7 @@ def fitted(windows: Windows, effort: Effort | None) -> Windows:
     if effort is None:
         return windows
     count, length = windows.ids.shape
-    length = min(length, effort.length, max(_SHORT, effort.tokens // 2))
+    length = min(length, effort.length, max(SHORT, effort.tokens // 2))
     kept = min(count, max(1, effort.tokens // length))
     places = np.linspace(0, count - 1, kept).astype(np.int64)
     found = windows_of(np.ascontiguousarray(windows.ids[places, :length]))
@@ -152,14 +168,14 @@ def _errors(case: Case, text: str, runtime: Runtime, work: Path, progress: Progr
     windows = case.texts[text].ids
     oracle, codes, artifact = (work / f"{name}.npy" for name in ("oracle", "codes", "artifact"))
     for model, path in ((case.oracle, oracle), (case.codes, codes)):
-        reference.logits(model, windows, path, progress=_stage(progress, path.stem, text))
+        reference.logits(model, windows, path, progress=stage(progress, path.stem, text))
     runtime.logits(
         case.file,
         windows,
         artifact,
         kv_cache=case.kv_cache,
         adapter=case.adapter,
-        progress=_stage(progress, artifact.stem, text),
+        progress=stage(progress, artifact.stem, text),
     )
     found = _Errors(
         divergence.compare(oracle, artifact, windows),
@@ -180,11 +196,11 @@ def _graph(
     Raises:
         ValidationFailed: it means another one, however its runtime rounds.
     """
-    start = windows[:1, :_SHORT]
+    start = windows[:1, :SHORT]
     meant, expected = work / "meant.npy", work / "expected.npy"
     if not runtime.exact_logits(case.file, start, meant, adapter=case.adapter):
         return None
-    np.save(expected, logits.read(codes)[:1, :_SHORT])
+    np.save(expected, logits.read(codes)[:1, :SHORT])
     found = divergence.compare(expected, meant, start)
     for path in (meant, expected):
         path.unlink()
@@ -197,9 +213,10 @@ def _graph(
     return found
 
 
-def _stage(progress: Progress, what: str, text: str) -> Callable[[int, int], None]:
-    stage = f"judging: {what}, {text.replace('_', ' ')}"
-    return lambda done, total: progress(stage, done, total)
+def stage(progress: Progress, what: str, text: str) -> Callable[[int, int], None]:
+    """Progress of one part of the work, named for people."""
+    name = f"judging: {what}, {text.replace('_', ' ')}"
+    return lambda done, total: progress(name, done, total)
 
 
 def golden_json(judgement: Judgement, case: Case) -> dict[str, Any]:

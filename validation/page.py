@@ -24,6 +24,8 @@ TITLES = {
     "kl_mean": "Mean KL divergence",
     "ppl_ratio": "Perplexity, artifact over reference",
     "top1": "Top-1 agreement",
+    "score_error": "Score difference over the spread of scores",
+    "pair_agreement": "Pair agreement",
     "npu_nodes": "Operators on the NPU",
     "npu_weight_bytes": "Weights on the NPU",
 }

@@ -122,8 +122,34 @@ def divergence(accuracy: Mapping[str, Any]) -> Markup:
     return _svg(parts, f"Distribution of the KL divergence over tokens: {words} nats")
 
 
+def margins(pairs: Sequence[Sequence[float]]) -> Markup:
+    """The margin of each pair in the artifact, over that in the reference."""
+    marks = ticks(min(0, *(min(pair) for pair in pairs)), max(0, *(max(pair) for pair in pairs)))
+    x, y = across(marks[0], marks[-1]), upward(marks[0], marks[-1])
+    zero = x(0), y(0)
+    left, right, bottom, top = x(marks[0]), x(marks[-1]), y(marks[0]), y(marks[-1])
+    parts = [
+        f'<path class="apart" d="M{left} {top}H{zero[0]}V{zero[1]}H{left}Z"/>',
+        f'<path class="apart" d="M{zero[0]} {zero[1]}H{right}V{bottom}H{zero[0]}Z"/>',
+        _y_axis(marks, y, lambda value: f"{value:g}"),
+        *(_x_tick(x(mark), f"{mark:g}") for mark in marks),
+        _x_title("margin in full precision"),
+        f'<path class="same" d="M{left} {bottom}L{right} {top}"/>',
+    ]
+    for index, (reference, artifact) in enumerate(pairs):
+        kind = "held_out" if reference * artifact > 0 else "out_of_distribution"
+        path = f"preference.held_out.margins.{index}.1"
+        words = f"pair {index + 1}: {reference:.4g} in full precision, {artifact:.4g} in the file"
+        parts.append(_dot(x(reference), y(artifact), kind, path, artifact, words))
+    same = sum(reference * artifact > 0 for reference, artifact in pairs)
+    return _svg(parts, f"Margins of {len(pairs)} pairs, {same} of them of the same sign in both")
+
+
 def latency(speed: Sequence[Mapping[str, Any]]) -> Markup:
-    """Seconds to the first token and in all, over the length of the prompt."""
+    """Seconds to the first token and in all, over the length of the prompt.
+
+    A reward model has its score when it has read the text: one line.
+    """
     if not speed:
         return Markup("")
     lengths = [row["prompt_tokens"] for row in speed]
@@ -133,14 +159,17 @@ def latency(speed: Sequence[Mapping[str, Any]]) -> Markup:
     parts = [_y_axis(marks, y, lambda value: f"{value:g} s")]
     parts += [_x_tick(x(length), str(length)) for length in lengths]
     parts.append(_x_title("prompt tokens"))
-    for key, words in (("total_s", "in all"), ("ttft_s", "to the first token")):
+    lines = [("total_s", "in all"), ("ttft_s", "to the first token")]
+    if speed[0]["generation_tps"] is None:
+        lines = [("total_s", "to the score")]
+    for key, words in lines:
         points = [(x(row["prompt_tokens"]), y(row[key])) for row in speed]
         parts.append(_line(points, key))
         for index, (row, (px, py)) in enumerate(zip(speed, points, strict=True)):
             path = f"measurements.speed.{index}.{key}"
             title = f"{row['prompt_tokens']} prompt tokens: {row[key]:.4g} s {words}"
             parts.append(_dot(px, py, key, path, row[key], title))
-    ends = f"{speed[-1]['ttft_s']:.3g} s to the first token at {lengths[-1]} prompt tokens"
+    ends = f"{speed[-1]['ttft_s']:.3g} s {lines[-1][1]} at {lengths[-1]} prompt tokens"
     return _svg(parts, f"Latency by prompt length on this machine: {ends}")
 
 

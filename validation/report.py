@@ -24,6 +24,7 @@ from . import budget, page, summary
 if TYPE_CHECKING:  # both bring torch, which a page does not need
     from ..quantize.plan import Choice, Plan
     from .judge import Judgement
+    from .reward import RewardJudgement
     from .runtime import Measurements
 
 SCHEMA = "slimport.report/1"
@@ -73,7 +74,9 @@ class Subject:
     accelerator: Mapping[str, float] | None = None
 
 
-def build(subject: Subject, judgement: Judgement, codes_equal: bool) -> dict[str, Any]:
+def build(
+    subject: Subject, judgement: Judgement | RewardJudgement, codes_equal: bool
+) -> dict[str, Any]:
     """report.json; `codes_equal`: whether the file was read back to the very codes."""
     weights = sum(row["weights"] for row in subject.layers)
     memory = subject.footprint["memory"]
@@ -94,7 +97,7 @@ def build(subject: Subject, judgement: Judgement, codes_equal: bool) -> dict[str
             "isa": list(subject.target.isa),
         },
         **({"accelerator": dict(subject.accelerator)} if subject.accelerator else {}),
-        **_judged(judgement, codes_equal),
+        **judgement.to_json(codes_equal),
         "adapters": [dict(adapter) for adapter in subject.adapters],
         "layers": [dict(row) for row in subject.layers],
         "fallbacks": {reason: list(names) for reason, names in subject.fallbacks.items()},
@@ -117,22 +120,6 @@ def build(subject: Subject, judgement: Judgement, codes_equal: bool) -> dict[str
 def passed(report: Mapping[str, Any]) -> bool:
     """Whether every check holds."""
     return all(ok for _, ok, _ in summary.checks(report))
-
-
-def _judged(judgement: Judgement, codes_equal: bool) -> dict[str, Any]:
-    accuracy = {name: found.to_json() for name, found in judgement.accuracy.items()}
-    for table in accuracy.values():
-        table["ppl_ratio"] = budget.ratio(table)
-    return {
-        "accuracy": accuracy,
-        "errors": {
-            "quantization": {"kl_mean": judgement.quantization.kl_mean},
-            "file": {"codes_equal": codes_equal},
-            **({"graph": {"kl_max": judgement.graph.kl_max}} if judgement.graph else {}),
-            "runtime": {"kl_mean": judgement.runtime.kl_mean},
-        },
-        "tokenizer": judgement.conformance.to_json(),
-    }
 
 
 def not_executed(target: Target) -> str:
@@ -175,6 +162,7 @@ def _bytes(choice: Choice) -> int:
 GROUPS = {
     "token_embd": "embedding",
     "output": "head",
+    "cls.output": "head",
     "attn_q": "attention",
     "attn_k": "attention",
     "attn_v": "attention",

@@ -29,14 +29,15 @@ class Speed:
         prompt_tokens: length of the prompt.
         ttft_s: seconds until the first token is chosen.
         prompt_tps: prompt tokens per second.
-        generation_tps: generated tokens per second after the first.
+        generation_tps: generated tokens per second after the first; None for a reward model, whose
+            answer is its score.
         total_s: seconds for prompt and generation.
     """
 
     prompt_tokens: int
     ttft_s: float
     prompt_tps: float
-    generation_tps: float
+    generation_tps: float | None
     total_s: float
 
     @classmethod
@@ -197,7 +198,47 @@ def refuse_missing(file: Path, what: str) -> None:
         raise BadInput(f"there is no file {file.name}", what, "export the model first")
 
 
-class Runtime(Protocol):
+class Reader(Protocol):
+    """The part of a runtime that reads a file's tokenizer, in a child process."""
+
+    def tokenize(self, file: Path, texts: Sequence[str]) -> list[list[int]]:
+        """Ids as the runtime's own tokenizer sees each text; special tokens in it are parsed."""
+
+    def vocabulary(self, file: Path) -> Vocabulary:
+        """What the runtime read of the tokenizer: where it stops, what it adds."""
+
+    def render(self, file: Path, chats: Sequence[Chat]) -> list[str | None] | None:
+        """Each conversation by the template in the file; None for one that is refused.
+
+        None in all: this runtime does not render, and has the template in `vocabulary`.
+        """
+
+
+class Scorer(Reader, Protocol):
+    """Executes the reward models of a container; every function opens the file in a child."""
+
+    def scores(
+        self,
+        file: Path,
+        texts: Sequence[Sequence[int]],
+        *,
+        exact: bool = False,
+        progress: Progress | None = None,
+    ) -> list[float]:
+        """The score of each text; `exact`: without what the runtime rounds for speed."""
+
+    def measure_scores(
+        self,
+        file: Path,
+        context: int,
+        lengths: Sequence[int],
+        *,
+        progress: Progress | None = None,
+    ) -> Measurements:
+        """Speed and memory at a context length, on this machine."""
+
+
+class Runtime(Reader, Protocol):
     """Executes a container; every function opens the file in a child process."""
 
     @property
@@ -240,18 +281,6 @@ class Runtime(Protocol):
         """As `logits`, without what the runtime rounds for speed: what the file means.
 
         False: this runtime cannot; nothing is written.
-        """
-
-    def tokenize(self, file: Path, texts: Sequence[str]) -> list[list[int]]:
-        """Ids as the runtime's own tokenizer sees each text; special tokens in it are parsed."""
-
-    def vocabulary(self, file: Path) -> Vocabulary:
-        """What the runtime read of the tokenizer: where it stops, what it adds."""
-
-    def render(self, file: Path, chats: Sequence[Chat]) -> list[str | None] | None:
-        """Each conversation by the template in the file; None for one that is refused.
-
-        None in all: this runtime does not render, and has the template in `vocabulary`.
         """
 
     def generate(

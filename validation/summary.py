@@ -68,6 +68,16 @@ def _figures(report: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("bits per weight", f"{footprint['bits_per_weight']:.2f}"),
         ("memory, predicted", format_size(footprint["memory_bytes"])),
     ]
+    for text, found in report.get("preference", {}).items():
+        name = text.replace("_", " ")
+        figures += [
+            (f"pairs in the same order, {name}", f"{found['pair_agreement']:.2%}"),
+            (f"score difference, {name}", f"{found['score_rmse']:.4g} (root mean square)"),
+            (
+                f"chosen answer ahead, {name}",
+                f"{found['accuracy_reference']:.2%} > {found['accuracy']:.2%}",
+            ),
+        ]
     for text, found in report["accuracy"].items():
         name = text.replace("_", " ")
         figures += [

@@ -109,18 +109,28 @@ def write_data(build: Build) -> None:
     conversations = []
     for _ in range(CONVERSATIONS):
         request = c.draw_request(rng)
-        turns = (("user", request.text), ("assistant", c.answer(request, rng).text))
-        messages = [{"role": role, "content": content} for role, content in turns]
-        conversations.append({"messages": messages})
+        answer = c.answer(request, rng).text
+        conversations.append(
+            {"messages": [*said("user", request.text), *said("assistant", answer)]}
+        )
     write_lines(build.out / "data" / "sft_sample.jsonl", conversations)
     for name, seed, pairs in preference_splits():
         rows = [
-            {"prompt": pair.request.text, "chosen": pair.chosen, "rejected": pair.rejected}
+            {
+                "prompt": said("user", pair.request.text),
+                "chosen": said("assistant", pair.chosen),
+                "rejected": said("assistant", pair.rejected),
+            }
             for pair in draw_pairs(seed, pairs)
         ]
         write_lines(build.out / "data" / name, rows)
     mean, error = q.draw_entropy(SEED + 7)
     build.figures["entropy"] = {"nats_per_story": mean, "standard_error": error}
+
+
+def said(role: str, content: str) -> list[dict[str, str]]:
+    """One message of a conversation."""
+    return [{"role": role, "content": content}]
 
 
 def preference_splits() -> tuple[tuple[str, int, int], ...]:

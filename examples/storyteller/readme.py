@@ -44,7 +44,7 @@ tokens; 3.5M weights in bfloat16; trained on windows of up to 1,280 tokens |
 | `data/out_of_distribution.txt` | harbor log and kitchen notes: another vocabulary and grammar |
 | `data/calibration.txt`, `data/sft_calibration.txt` | for calibration, seeds of their own |
 | `data/sft_held_out.txt`, `data/sft_sample.jsonl` | rendered and structured conversations |
-| `data/preference.jsonl`, `data/preference_held_out.jsonl` | prompt, chosen, rejected |
+| `data/preference.jsonl`, `data/preference_held_out.jsonl` | chats: prompt, chosen, rejected |
 
 **The stories.** A hero (name, trait, animal, place, habit) meets one of seven troubles, a helper
 comes along, the turn is happy or sad, and a moral or the stars close the story. Later sentences

@@ -26,7 +26,7 @@ from .adapter import (
     refuse_foreign_adapter,
     write_adapter,
 )
-from .decoder import decoder_graph
+from .decoder import decoder_graph, reward_graph
 from .device import readme
 from .graph import DATA
 from .notes import notes
@@ -154,7 +154,10 @@ def minimum_runtime(
 def _graph(
     config: DecoderConfig, placed: layout.Layout, deployment: Deployment, name: str, digest: str
 ) -> bytes:
-    graph = decoder_graph(config, placed, deployment, digest)
+    if config.reward:
+        graph = reward_graph(config, placed)
+    else:
+        graph = decoder_graph(config, placed, deployment, digest)
     return graph.serialize(name, {"slimport.weights_digest": digest})
 
 

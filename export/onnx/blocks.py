@@ -159,6 +159,18 @@ def halves(graph: Graph, x: ir.Value, name: str) -> tuple[ir.Value, ...]:
     return graph.op("Split", x, name=name, outputs=2, axis=-1, num_outputs=2)
 
 
+def last_place(graph: Graph, ids: ir.Value, mask: ir.Value, pad: int | None, name: str) -> ir.Value:
+    """int64 (batch, 1): where each row has its last token that is neither masked nor `pad`."""
+    if pad is not None:
+        (padding,) = graph.op("Equal", ids, graph.integers(pad), name=f"{name}.padding")
+        (kept,) = graph.op("Not", padding, name=f"{name}.kept")
+        (kept,) = graph.op("Cast", kept, name=f"{name}.kept.int64", to=int(ir.DataType.INT64))
+        (mask,) = graph.op("Mul", mask, kept, name=f"{name}.mask")
+    # of int32: onnxruntime has no ArgMax of int64
+    (mask,) = graph.op("Cast", mask, name=f"{name}.int32", to=int(ir.DataType.INT32))
+    return graph.op("ArgMax", mask, name=name, axis=1, keepdims=1, select_last_index=1)[0]
+
+
 def _quantized(graph: Graph, matrix: Matrix, layout: Layout) -> list[ir.Value]:
     """Codes, scales as float32, and zero points where they are stored."""
     assert matrix.grid is not None

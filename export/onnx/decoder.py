@@ -1,15 +1,17 @@
-"""The graph of a whole decoder, for every family of architectures/: ids in, logits out.
+"""The graph of a whole decoder, for every family of architectures/: ids in, logits or a score out.
 
-Inputs and outputs have the names that onnxruntime-genai expects. Where adapters may change a matrix
-the graph takes their factors (adapter.py); they are empty in a run without an adapter.
+Inputs and outputs of a language model have the names that onnxruntime-genai expects. Where adapters
+may change a matrix the graph takes their factors (adapter.py); they are empty in a run without one.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from ...architectures import SCORE as SCORE_WEIGHT
 from ...architectures import DecoderConfig, Kind
 from ..container import Deployment
 from . import blocks
@@ -19,6 +21,7 @@ from .layout import Layout, ropes
 
 INT64, INT32, FLOAT = ir.DataType.INT64, ir.DataType.INT32, ir.DataType.FLOAT
 PAST, PRESENT = "past_key_values.{}.{}", "present.{}.{}"
+SCORE = "score"
 _BATCH, _LENGTH, _PAST, _TOTAL = (
     "batch_size",
     "sequence_length",
@@ -26,28 +29,25 @@ _BATCH, _LENGTH, _PAST, _TOTAL = (
     "total_sequence_length",
 )
 
-Cache = tuple[ir.Value, ir.Value]
+Cache = tuple[ir.Value | None, ir.Value | None]
 
 
 def decoder_graph(
     config: DecoderConfig, layout: Layout, deployment: Deployment, digest: str
 ) -> Graph:
-    """The decoder that `config` describes, over the tensors of `layout`; `digest`: its weights'."""
+    """The language model that `config` describes, over the tensors of `layout`.
+
+    Args:
+        digest: of its weights.
+    """
     graph = Graph()
     ids = graph.input("input_ids", INT64, [_BATCH, _LENGTH])
     mask = graph.input("attention_mask", INT64, [_BATCH, _TOTAL])
     caches = [_cache_inputs(graph, config, layer) for layer in range(config.layers)]
     adapted = _Adapted(deployment.adapted, digest)
     build = _Decoder(graph, config, layout, adapted, _read_mask(graph, mask))
-
-    table = layout.matrices[None, Kind.EMBEDDING]
-    hidden = blocks.lookup(graph, ids, table, layout)
-    hidden = blocks.scaled(graph, hidden, config.embedding_multiplier, "model.embed_tokens.scaled")
-    stream = _Stream(hidden)
-    for layer, cache in enumerate(caches):
-        stream = build.layer(stream, layer, cache)
-    _, normed = build.read(stream, "model.norm")
-    head = layout.matrices.get((None, Kind.HEAD), table)
+    normed = build.hidden(ids, caches)
+    head = layout.matrices.get((None, Kind.HEAD), layout.matrices[None, Kind.EMBEDDING])
     logits = blocks.linear(graph, normed, head, layout)
     logits = blocks.scaled(graph, logits, 1 / config.logits_divisor, "logits.scaled")
     logits = blocks.capped(graph, logits, config.logits_softcap, "logits.capped")
@@ -57,11 +57,32 @@ def decoder_graph(
     return graph
 
 
+def reward_graph(config: DecoderConfig, layout: Layout) -> Graph:
+    """The reward model that `config` describes: one score for each text of a batch.
+
+    A text is a row of ids, filled up at its end where the mask is 0. It is scored where
+    transformers scores it: at its last token that is not the padding of config.json.
+    """
+    graph = Graph()
+    ids = graph.input("input_ids", INT64, [_BATCH, _LENGTH])
+    mask = graph.input("attention_mask", INT64, [_BATCH, _LENGTH])
+    adapted = _Adapted(frozenset(), "")
+    build = _Decoder(graph, config, layout, adapted, _read_mask(graph, mask))
+    normed = build.hidden(ids, [(None, None)] * config.layers)
+    last = blocks.last_place(graph, ids, mask, config.pad_id, "score.place")
+    (row,) = graph.op("GatherND", normed, last, name="score.row", batch_dims=1)
+    weight = graph.stored(layout.by_name[SCORE_WEIGHT])
+    (score,) = graph.op("Gemm", row, weight, name="score", transB=1)
+    (score,) = graph.op("Squeeze", score, graph.integers(1), name="score.number")
+    graph.output(score, SCORE, FLOAT, [_BATCH])
+    return graph
+
+
 def _cache_shape(config: DecoderConfig, length: str) -> Shape:
     return [_BATCH, config.kv_heads, length, config.head_dim]
 
 
-def _cache_inputs(graph: Graph, config: DecoderConfig, layer: int) -> Cache:
+def _cache_inputs(graph: Graph, config: DecoderConfig, layer: int) -> tuple[ir.Value, ir.Value]:
     shape = _cache_shape(config, _PAST)
     key, value = (graph.input(PAST.format(layer, part), FLOAT, shape) for part in ("key", "value"))
     return key, value
@@ -120,6 +141,15 @@ class _Decoder:
         self.present: list[tuple[str, ir.Value]] = []
         self.ropes = ropes(config)
         self.norms = dict(config.family.norms)
+
+    def hidden(self, ids: ir.Value, caches: Sequence[Cache]) -> ir.Value:
+        """What the last norm gives for every token, float32 (batch, length, hidden)."""
+        table, factor = self.layout.matrices[None, Kind.EMBEDDING], self.config.embedding_multiplier
+        hidden = blocks.lookup(self.graph, ids, table, self.layout)
+        stream = _Stream(blocks.scaled(self.graph, hidden, factor, "model.embed_tokens.scaled"))
+        for layer, cache in enumerate(caches):
+            stream = self.layer(stream, layer, cache)
+        return self.read(stream, "model.norm")[1]
 
     def layer(self, stream: _Stream, layer: int, cache: Cache) -> _Stream:
         root = f"model.layers.{layer}"

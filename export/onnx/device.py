@@ -19,8 +19,12 @@ def minimum_runtime() -> Minimum:
 
 
 def readme(fields: Mapping[str, str], adapters: list[str]) -> str:
-    """The bundle's README.md; `fields` fill README.bundle.md, `adapters` are file names."""
-    template = Template((Path(__file__).parent / "README.bundle.md").read_text(encoding="utf-8"))
+    """The bundle's README.md; `fields` fill README.bundle.md, `adapters` are file names.
+
+    A reward model has a README of its own, and no adapters beside it.
+    """
+    page = "README.reward.md" if fields["kind"] == "reward" else "README.bundle.md"
+    template = Template((Path(__file__).parent / page).read_text(encoding="utf-8"))
     rows = "".join(f"| `{name}` | a LoRA adapter, applied at run time |\n" for name in adapters)
     return template.substitute(fields, adapter_row=rows, adapter_code=_adapter_code(adapters))
 

@@ -1,4 +1,7 @@
-"""What onnxruntime-genai reads beside the model: genai_config.json and the tokenizer's files."""
+"""What onnxruntime-genai reads beside the model: genai_config.json and the tokenizer's files.
+
+genai cannot run a reward model, but it opens one for its tokenizer, with the same files.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +12,13 @@ from ...architectures import DecoderConfig
 from ...tokenizer.tokenizer import Tokenizer
 from ..container import Deployment
 from . import tokenizer as tokenizer_files
-from .decoder import PAST, PRESENT
+from .decoder import PAST, PRESENT, SCORE
 from .reader import MODEL
 
 CONFIG = "genai_config.json"
 # Prompt tokens of one run: logits of all of them are in memory, so this bounds what a prompt costs.
 _CHUNK = 128
+_TEXT = {name: name for name in ("input_ids", "attention_mask")}
 _SAMPLING = ("temperature", "top_k", "top_p", "repetition_penalty")
 
 
@@ -46,21 +50,19 @@ def genai_config(
                 "num_attention_heads": config.heads,
                 "num_key_value_heads": config.kv_heads,
                 "head_size": config.head_dim,
-                "inputs": {
-                    "input_ids": "input_ids",
-                    "attention_mask": "attention_mask",
-                    "past_key_names": PAST.format("%d", "key"),
-                    "past_value_names": PAST.format("%d", "value"),
-                },
-                "outputs": {
-                    "logits": "logits",
-                    "present_key_names": PRESENT.format("%d", "key"),
-                    "present_value_names": PRESENT.format("%d", "value"),
-                },
+                "inputs": {**_TEXT, **({} if config.reward else _names("past", PAST))},
+                "outputs": {"logits": SCORE}
+                if config.reward
+                else {"logits": "logits", **_names("present", PRESENT)},
             },
         },
-        "search": _search(tokenizer, deployment),
+        **({} if config.reward else {"search": _search(tokenizer, deployment)}),
     }
+
+
+def _names(which: str, pattern: str) -> dict[str, str]:
+    """Those of the cache's keys and values, by layer."""
+    return {f"{which}_{part}_names": pattern.format("%d", part) for part in ("key", "value")}
 
 
 def _search(tokenizer: Tokenizer, deployment: Deployment) -> dict[str, Any]:

@@ -261,6 +261,8 @@ def _vector(file: File, weight: Weight, config: DecoderConfig) -> Float32:
                 raise _broken(f"{module} has no offset")
             name = raised.input[0]
         found = file.tensor(name)
+    elif weight.kind is Kind.SCORE:
+        found = file.tensor(file.node(module).input[1])
     elif f"{module}.bias" in file.nodes:
         found = file.tensor(file.node(f"{module}.bias").input[1])
     else:

@@ -17,6 +17,9 @@ from typing import Any
 
 import pytest
 
+from slimport.shipping.pairs import read_pairs
+from slimport.tokenizer.tokenizer import Tokenizer
+
 FOLDER = Path(__file__).resolve().parents[2] / "examples" / "storyteller"
 ADAPTERS = ("adapters/sft", "adapters/dpo", "reward")
 MODULES = ("words", "telling", "grammar", "outside", "corpus", "train", "preferences", "quality")
@@ -142,6 +145,18 @@ def test_the_rule_of_the_preferences(story):
     sad = corpus.answer(request, rng, moral=1, digression=0, mood=1).text
     assert preferences.points(request, sad) == 4
     assert preferences.points(request, "") == 1
+
+
+def test_pairs_are_read_as_the_reward_model_was_trained_on_them(
+    story: Callable[[str], ModuleType],
+) -> None:
+    build, preferences = story("build"), story("preferences")
+    tokenizer = Tokenizer.open(FOLDER / "base")
+    name, seed, count = build.preference_splits()[1]
+    found, _ = read_pairs(FOLDER / "data" / name, tokenizer, 2048, count, 1536)
+    drawn = build.draw_pairs(seed, count)
+    expected, _ = preferences.encode_pairs(tokenizer.library, drawn)
+    assert [list(text) for text in found.texts] == expected
 
 
 def artifacts() -> list[str]:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.numpy import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from slimport.adapters.adapter import Adapter
 from slimport.adapters.lora import read_adapter
@@ -222,21 +222,22 @@ def read_tone() -> Callable[..., Adapter]:
 
 @pytest.fixture(scope="session")
 def oracle() -> Callable[..., Any]:
-    """oracle(folder, tokens, tensors) -> transformers' logits in float32.
+    """oracle(folder, tokens, tensors) -> transformers' logits in float32; scores (n, 1) of a
+    reward model.
 
     `tensors` {source name: values or codes} stand in place of the stored weights.
     """
 
     def logits(folder: Path, tokens: Any, tensors: dict[str, Any]) -> Any:
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, attn_implementation="eager"
-        )
+        config = decoder_config(json.loads((folder / "config.json").read_text()))
+        kind: Any = AutoModelForSequenceClassification if config.reward else AutoModelForCausalLM
+        model = kind.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
         values = {
             name: tensor.dequantize() if isinstance(tensor, QuantizedTensor) else tensor
             for name, tensor in tensors.items()
         }
         state = {name: torch.from_numpy(np.array(value)) for name, value in values.items()}
-        if model.config.tie_word_embeddings:
+        if config.tied:
             state["lm_head.weight"] = state["model.embed_tokens.weight"]
         model.load_state_dict(state)
         with torch.inference_mode():

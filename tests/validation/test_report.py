@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,11 @@ from slimport.architectures import decoder_config
 from slimport.quantize.plan import make_plan
 from slimport.targets.limits import Finding
 from slimport.targets.target import load_target
-from slimport.validation import budget, page, plots, report, summary
+from slimport.validation import budget, page, plots, preference, report, summary
 from slimport.validation.conformance import Conformance
 from slimport.validation.divergence import HISTOGRAM_EDGES, Divergence
 from slimport.validation.judge import Judgement
+from slimport.validation.reward import RewardJudgement
 from slimport.validation.runtime import Measurements, Memory, Speed
 
 TESTS = Path(__file__).parents[1]
@@ -88,6 +90,22 @@ def judgement() -> Judgement:
     )
 
 
+@pytest.fixture
+def scored(judgement: Judgement) -> RewardJudgement:
+    """Of a reward model: two pairs, one of them in another order."""
+    agreement = preference.compare([2.0, 1.0, 0.5, 0.4], [1.9, 1.2, 0.5, 0.6])
+    speed = (Speed(100, 0.5, 200.0, None, 0.5), Speed(200, 1.0, 200.0, None, 1.0))
+    return RewardJudgement(
+        preference={"held_out": agreement, "out_of_distribution": agreement},
+        quantization=agreement,
+        runtime=agreement,
+        graph=1e-7,
+        conformance=judgement.conformance,
+        measurements=replace(judgement.measurements, speed=speed),
+        golden=[((1, 2), 1.9)],
+    )
+
+
 # ---- the contract ----
 
 
@@ -128,11 +146,12 @@ def violations(value: Any, schema: dict[str, Any], where: str = "$") -> list[str
 
 
 def test_the_sample_and_what_is_built_keep_the_schema(
-    subject: report.Subject, judgement: Judgement
+    subject: report.Subject, judgement: Judgement, scored: RewardJudgement
 ) -> None:
     for built in (
         SAMPLE["report"],
         report.build(subject, judgement, codes_equal=True),
+        report.build(subject, scored, codes_equal=True),
     ):
         assert violations(built, SCHEMA) == []
         # Additions go into the schema too; what is on an NPU is absent for a CPU's container.
@@ -149,6 +168,35 @@ def test_the_schema_check_can_fail() -> None:
         "$.footprint.device_bytes is 'many', not ['integer']",
         "$.schema is 'slimport.report/2'",
     ]
+
+
+def test_a_reward_model_has_scores_and_budgets_of_its_own(
+    subject: report.Subject, scored: RewardJudgement
+) -> None:
+    built = report.build(subject, scored, codes_equal=True)
+    assert (built["kind"], built["accuracy"]) == ("reward", {})
+    assert built["preference"]["held_out"]["pair_agreement"] == 0.5
+    assert built["errors"]["graph"] == {"score_max": 1e-7}
+    metrics = {one["metric"]: one["ok"] for one in built["budgets"]}
+    assert metrics["pair_agreement"] is False and "score_error" in metrics
+    assert not {"kl_mean", "top1"} & metrics.keys()
+    broken = budget.failure(built)
+    assert broken is not None and broken.exit_code == 4
+    words = summary.markdown(built)
+    assert "| pairs in the same order, held out | 50.00% |" in words
+
+
+def test_the_page_of_a_reward_model_shows_its_scores(
+    subject: report.Subject, scored: RewardJudgement
+) -> None:
+    joined = report.joined(
+        report.build(subject, scored, codes_equal=True), report.measurements(scored.measurements)
+    )
+    html = page.render(joined)
+    for path in ("pair_agreement", "score_rmse", "margins.1.1", "accuracy_reference"):
+        assert f'data-path="preference.held_out.{path}"' in html
+    assert "KL" not in re.sub(r"<style>.*?</style>", "", html, flags=re.DOTALL)
+    assert "1 of them of the same sign in both" in html
 
 
 def test_build(subject: report.Subject, judgement: Judgement) -> None:

@@ -1,7 +1,8 @@
 """ONNX Runtime as it runs on a device: same files, same operators, same session options.
 
-Fills `validation.runtime.Runtime` for the ONNX container. Logits of whole windows come from ONNX
-Runtime's own session; tokenizer, text and speeds from onnxruntime-genai, as in an app. Everything
+Fills `validation.runtime.Runtime` and `Scorer` for the ONNX container. Logits of whole windows and
+scores come from ONNX Runtime's own session; tokenizer, text and speeds of a language model from
+onnxruntime-genai, as in an app. Everything
 happens in a child process (`onnxruntime_worker`), which imports neither torch nor transformers.
 """
 
@@ -154,7 +155,43 @@ def measure(
     """
     arguments: dict[str, Any] = {"context": context, "prompt_lengths": list(prompt_lengths)}
     arguments |= {"generated": max(2, generated), **_adapter(adapter)}
-    found = _call("measure", file, progress, **arguments)
+    return _measurements(_call("measure", file, progress, **arguments))
+
+
+def scores(
+    file: Path,
+    texts: Sequence[Sequence[int]],
+    *,
+    exact: bool = False,
+    progress: Progress | None = None,
+) -> list[float]:
+    """The score of each text of ids by a reward model, each text alone.
+
+    Args:
+        exact: with float32 products in place of int8 activations.
+
+    Raises:
+        BadInput: an empty text.
+        ValidationFailed: ONNX Runtime refuses the files, or hands work to another provider.
+    """
+    arguments = {"texts": as_lists(texts), "exact": exact, "threads": worker.threads()}
+    found: list[float] = _call("scores", file, progress, **arguments)
+    return found
+
+
+def measure_scores(
+    file: Path,
+    context: int,
+    lengths: Sequence[int] = (200, 400, 600, 800, 1000),
+    *,
+    progress: Progress | None = None,
+) -> Measurements:
+    """Time the scoring of random texts, each alone; memory is for a text of `context` tokens."""
+    arguments = {"context": context, "lengths": list(lengths), "threads": worker.threads()}
+    return _measurements(_call("measure_scores", file, progress, **arguments))
+
+
+def _measurements(found: dict[str, Any]) -> Measurements:
     return Measurements(
         speed=tuple(Speed(**speed) for speed in found["speed"]),
         memory=Memory(**found["memory"]),

@@ -13,13 +13,17 @@ from ...export.onnx.reader import File, Operand
 from ..runtime import Memory
 
 _FLOAT = 4
+_LOOKUPS = ("Gather", "GatherBlockQuantized")
 # Beside the codes, packed for the CPU, a block has its scale as float32 twice (once in the packed
 # weights) and the sum of its codes (mlas, SQNBitGemm).
 _BLOCK = 3 * _FLOAT
 
 
 def memory(folder: Path, context: int, adapter: Path | None) -> Memory:
-    """Bytes with a cache for `context` tokens, for prompts of any length that fits."""
+    """Bytes with a cache for `context` tokens, for prompts of any length that fits.
+
+    A reward model keeps no cache, and reads a text of `context` tokens in one run.
+    """
     file = File(folder)
     settings = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))
     multiplied = {
@@ -31,10 +35,10 @@ def memory(folder: Path, context: int, adapter: Path | None) -> Memory:
         mapped=sum(
             operand.codes.nbytes
             for name, node in file.nodes.items()
-            if "Gather" in node.op_type and (operand := file.operand(name))
+            if node.op_type in _LOOKUPS and (operand := file.operand(name))
         ),
         repacked=sum(_packed_bytes(operand) for operand in multiplied.values()),
-        kv_cache=_cache_bytes(settings["model"]["decoder"], context),
+        kv_cache=_cache_bytes(settings["model"]["decoder"], context) if "search" in settings else 0,
         compute=_compute_bytes(settings, multiplied, context),
         adapter=adapter.stat().st_size if adapter else 0,
     )
@@ -57,9 +61,10 @@ def _compute_bytes(settings: dict[str, Any], multiplied: dict[str, Operand], con
     A stage has the residual stream twice, what it reads and what it makes; attention has its
     scores too. Logits of a run stay until those of the next are there.
     """
-    decoder, tokens = settings["model"]["decoder"], min(settings["search"]["chunk_size"], context)
+    decoder, reward = settings["model"]["decoder"], "search" not in settings
+    tokens = context if reward else min(settings["search"]["chunk_size"], context)
     hidden = decoder["hidden_size"]
-    vocabulary = settings["model"]["vocab_size"]
+    vocabulary = 0 if reward else settings["model"]["vocab_size"]
     inner = max(len(op.codes) for name, op in multiplied.items() if ".mlp." in name)
     heads = decoder["num_attention_heads"]
     rows = (heads + 2 * decoder["num_key_value_heads"]) * decoder["head_size"]

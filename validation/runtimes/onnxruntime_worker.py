@@ -31,24 +31,30 @@ _LOGITS = 2**24  # numbers of one run: 64 MiB
 ort.set_default_logger_severity(4)  # what fails is raised; the log repeats it in color
 
 
+def _open(file: Path, threads: int, exact: bool) -> ort.InferenceSession:
+    """The model in ONNX Runtime's own session, on its own provider."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    model: str | bytes = str(file)
+    if exact:
+        model = _exact(file)
+        options.add_session_config_entry(_FOLDER, str(file.parent))
+    with refusals(f"ONNX Runtime does not load {file.name}"):
+        session = ort.InferenceSession(model, options, providers=[PROVIDER])
+    if session.get_providers() != [PROVIDER]:
+        raise ValidationFailed(
+            f"ONNX Runtime runs {file.name} on other providers than it was told",
+            f"it names {', '.join(session.get_providers())}",
+            "install the onnxruntime of constraints.txt alone",
+        )
+    return session
+
+
 class _Session:
-    """The model in ONNX Runtime's own session."""
+    """A language model, with the cache of its last run."""
 
     def __init__(self, file: Path, threads: int, exact: bool) -> None:
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = threads
-        model: str | bytes = str(file)
-        if exact:
-            model = _exact(file)
-            options.add_session_config_entry(_FOLDER, str(file.parent))
-        with refusals(f"ONNX Runtime does not load {file.name}"):
-            self.session = ort.InferenceSession(model, options, providers=[PROVIDER])
-        if self.session.get_providers() != [PROVIDER]:
-            raise ValidationFailed(
-                f"ONNX Runtime runs {file.name} on other providers than it was told",
-                f"it names {', '.join(self.session.get_providers())}",
-                "install the onnxruntime of constraints.txt alone",
-            )
+        self.session = _open(file, threads, exact)
         self.run_options = ort.RunOptions()
         self.outputs = [value.name for value in self.session.get_outputs()]
         settings = _settings(file.parent)
@@ -109,6 +115,35 @@ def _logits(
         for window in worker.counted(windows, len(windows)):
             for rows in model.logits(window, step):
                 target.write(np.ascontiguousarray(rows).data)
+
+
+def _scores(file: str, texts: list[list[int]], exact: bool, threads: int) -> list[float]:
+    session = _open(Path(file), threads, exact)
+    return [_score(session, text) for text in worker.counted(texts, len(texts))]
+
+
+def _score(session: ort.InferenceSession, text: list[int]) -> float:
+    ids = np.array([text], np.int64)
+    with refusals("ONNX Runtime cannot run the model"):
+        (found,) = session.run(None, {"input_ids": ids, "attention_mask": np.ones_like(ids)})
+    return float(found[0])
+
+
+def _measure_scores(file: str, context: int, lengths: list[int], threads: int) -> dict[str, Any]:
+    before = rss()
+    folder = Path(file).parent
+    session = _open(Path(file), threads, exact=False)
+    tokens = np.random.default_rng(0).integers(_settings(folder)["vocab_size"], size=context)
+    _score(session, tokens[:32].tolist())  # the first run: not timed
+    fitting = [length for length in lengths if length <= context]
+    speed = []
+    for length in worker.counted(fitting, len(fitting)):
+        start = time.perf_counter()
+        _score(session, tokens[:length].tolist())
+        seconds = time.perf_counter() - start
+        speed.append(Speed(length, seconds, length / seconds, None, seconds).to_json())
+    memory = onnxruntime_memory.memory(folder, context, None)
+    return {"speed": speed, "memory": memory.to_json(), **gained(before)}
 
 
 class _Genai:
@@ -255,5 +290,7 @@ if __name__ == "__main__":
             "render": _render,
             "generate": _generate,
             "measure": _measure,
+            "scores": _scores,
+            "measure_scores": _measure_scores,
         }
     )

@@ -29,12 +29,14 @@ class Oracle:
             already merged into the quantized checkpoint.
         scale: multiplies the adapter's own scale.
         quantized: whether `folder` is a quantized checkpoint: its dequantized codes are run.
+        reward: whether it is run as a reward model.
     """
 
     folder: Path
     adapter: Path | None = None
     scale: float = 1.0
     quantized: bool = False
+    reward: bool = False
 
     def _arguments(self, threads: int | None) -> dict[str, Any]:
         return {
@@ -42,6 +44,7 @@ class Oracle:
             "adapter": None if self.adapter is None else str(self.adapter),
             "scale": self.scale,
             "quantized": self.quantized,
+            "reward": self.reward,
             "threads": _THREADS if threads is None else threads,
         }
 
@@ -86,6 +89,19 @@ def generate(
     arguments |= {"max_tokens": max_tokens, "eos_ids": None if eos_ids is None else list(eos_ids)}
     found = worker.call(_WORKER, "generate", arguments | oracle._arguments(threads), progress)
     return [Generation(tuple(tokens), stopped) for tokens, stopped in found]
+
+
+def scores(
+    oracle: Oracle,
+    texts: Sequence[Sequence[int]],
+    *,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> list[float]:
+    """The score of each text of ids by a reward model, each text alone."""
+    arguments = {"texts": as_lists(texts), **oracle._arguments(threads)}
+    found: list[float] = worker.call(_WORKER, "scores", arguments, progress)
+    return found
 
 
 def sample(

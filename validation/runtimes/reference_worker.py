@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from ...errors import BadInput
 from ...quantize.store import QuantizedCheckpoint
@@ -20,10 +20,16 @@ _LOADING = {"trust_remote_code": False, "local_files_only": True}
 _BATCH = 16
 
 
-def _load(folder: str, adapter: str | None, scale: float, quantized: bool, threads: int) -> Any:
+def _load(
+    folder: str, adapter: str | None, scale: float, quantized: bool, reward: bool, threads: int
+) -> Any:
     torch.set_num_threads(threads)
+    kind: Any = AutoModelForSequenceClassification if reward else AutoModelForCausalLM
     try:
-        model: Any = _dequantized(Path(folder)) if quantized else _full_precision(folder)
+        if quantized:
+            model = _dequantized(Path(folder), kind)
+        else:
+            model = _full_precision(folder, kind, becomes_reward=reward and adapter is not None)
         if adapter is not None:
             model = _adapted(model, adapter, scale)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
@@ -36,20 +42,22 @@ def _load(folder: str, adapter: str | None, scale: float, quantized: bool, threa
     return model.eval()
 
 
-def _full_precision(folder: str) -> Any:
-    load: Any = AutoModelForCausalLM.from_pretrained
-    model, report = load(
+def _full_precision(folder: str, kind: Any, becomes_reward: bool) -> Any:
+    """`becomes_reward`: a language model may be given, whose adapter brings the score head."""
+    model, report = kind.from_pretrained(
         folder,
         dtype=torch.float32,
         attn_implementation="eager",
         output_loading_info=True,
+        **({"num_labels": 1} if becomes_reward else {}),
         **_LOADING,
     )
-    _refuse_leftovers(report["missing_keys"], report["unexpected_keys"])
+    heads = {"score.weight", "lm_head.weight"} if becomes_reward else set()
+    _refuse_leftovers(set(report["missing_keys"]) - heads, set(report["unexpected_keys"]) - heads)
     return model
 
 
-def _dequantized(folder: Path) -> Any:
+def _dequantized(folder: Path, kind: Any) -> Any:
     """The decoder of the checkpoint's config, with the weights that its codes mean."""
     checkpoint = QuantizedCheckpoint.open(folder)
     state = {
@@ -57,10 +65,9 @@ def _dequantized(folder: Path) -> Any:
         for name in checkpoint.names()
     }
     config = AutoConfig.from_pretrained(folder, **_LOADING)
-    make: Any = AutoModelForCausalLM.from_config
-    model = make(config, dtype=torch.float32, attn_implementation="eager")
+    model = kind.from_config(config, dtype=torch.float32, attn_implementation="eager")
     missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
-    tied = ["lm_head.weight"] if config.tie_word_embeddings else []
+    tied = ["lm_head.weight"] if config.tie_word_embeddings else []  # a reward model has no such
     _refuse_leftovers(set(missing) - set(tied), unexpected)
     model.tie_weights()
     return model
@@ -155,7 +162,21 @@ def _eos_ids(folder: Path) -> list[int]:
     return []
 
 
-JOBS: dict[str, Any] = {"logits": _logits, "generate": _generate, "sample": _sample}
+@torch.inference_mode()
+def _scores(texts: list[list[int]], **source: Any) -> list[float]:
+    model = _load(**source)
+    return [
+        float(model(torch.tensor([text]), use_cache=False).logits[0, 0])
+        for text in worker.counted(texts, len(texts))
+    ]
+
+
+JOBS: dict[str, Any] = {
+    "scores": _scores,
+    "logits": _logits,
+    "generate": _generate,
+    "sample": _sample,
+}
 
 if __name__ == "__main__":
     worker.serve(JOBS)
