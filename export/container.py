@@ -85,7 +85,7 @@ class Container(Protocol):
 
     @property
     def PROOF(self) -> tuple[str, ...]:
-        """Files that `read_back` needs and a device does not."""
+        """Files that a device does not need: for `read_back`, or to build its runtime."""
 
     @property
     def ESTIMATED(self) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ from ..errors import DependencyMissing, Unsupported
 from ..export.container import Container
 from ..validation.runtime import Runtime, Scorer
 
-NAMES = ("gguf", "onnx", "qnn")
+NAMES = ("gguf", "onnx", "ort", "qnn")
 
 
 class Pair(NamedTuple):
@@ -40,6 +40,11 @@ def load(name: str) -> Pair:
             from ..validation.runtimes import onnxruntime
 
             return Pair(onnx, onnxruntime, onnxruntime)
+        if name == "ort":
+            from ..export import ort
+            from ..validation.runtimes import onnxruntime
+
+            return Pair(ort, onnxruntime)
         if name == "qnn":
             from ..export import qnn
             from ..validation.runtimes import qnn as emulator

@@ -39,6 +39,7 @@ MEMORY = {
 CONTAINERS = {
     "gguf": "GGUF",
     "onnx": "ONNX",
+    "ort": "ORT",
     "qnn": "QNN",
     "coreml": "Core ML",
     "executorch": "ExecuTorch",

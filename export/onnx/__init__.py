@@ -105,13 +105,7 @@ def predict(
 
 def tensor_bytes(config: DecoderConfig, plan: Plan) -> dict[str, int]:
     """{source name: bytes of its codes, scales and zero points, or of its numbers}."""
-    found: dict[str, int] = {}
-    for tensor in layout.layout(config, plan, Deployment(1)).tensors:
-        rows = sum(choice.weight.shape[0] for choice in tensor.choices)
-        for choice in tensor.choices:
-            share = tensor.nbytes * choice.weight.shape[0] // rows
-            found[choice.weight.name] = found.get(choice.weight.name, 0) + share
-    return found
+    return layout.layout(config, plan, Deployment(1)).bytes_by_weight()
 
 
 def write(
@@ -136,12 +130,12 @@ def read_back(
     folder: Path, config: DecoderConfig, grids: Mapping[str, str]
 ) -> Iterator[tuple[str, Quantized | Float32]]:
     """Every weight of the finished files, by a reader that shares no code with the packer."""
-    return reader.read_back(folder, config, grids)
+    return reader.read_back(reader.open_file(folder), config, grids)
 
 
 def check(model: QuantizedCheckpoint, folder: Path) -> ReadBack:
     """Compare every code, scale and value with `model`, and some with ONNX Runtime's kernels."""
-    return compare.check(model, folder)
+    return compare.check(model, reader.open_file(folder))
 
 
 def minimum_runtime(

@@ -7,7 +7,6 @@ ONNX Runtime's own kernels for the values of some rows of each weight.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,14 +27,13 @@ _EXACT = 1  # accuracy_level: float32 products
 ort.set_default_logger_severity(4)  # failures come as exceptions; their log lines are noise
 
 
-def check(model: QuantizedCheckpoint, folder: Path, threads: int = 2) -> ReadBack:
+def check(model: QuantizedCheckpoint, file: File, threads: int = 2) -> ReadBack:
     """Read the files back and compare every code, scale and value with `model`.
 
     Raises:
         BadInput: the files are malformed.
         ValidationFailed: a weight differs; its name and the first differing element.
     """
-    file = File(folder)
 
     def read(weight: Weight) -> QuantizedTensor | float:
         name, grid = weight.name, model.plan[weight.name].grid

@@ -9,24 +9,42 @@ from string import Template
 from ..container import Minimum
 
 # onnxruntime and onnxruntime-genai that ran these operators; no older releases were tried.
-_ONNXRUNTIME, _GENAI = "1.31", "0.18"
+ONNXRUNTIME, _GENAI = "1.31", "0.18"
 
 
 def minimum_runtime() -> Minimum:
     """The releases that were run, because no older one was."""
     reason = "the releases that judge the files here; no older ones were tried"
-    return Minimum("onnxruntime-genai", f"{_GENAI} with onnxruntime {_ONNXRUNTIME}", reason)
+    return Minimum("onnxruntime-genai", f"{_GENAI} with onnxruntime {ONNXRUNTIME}", reason)
 
 
-def readme(fields: Mapping[str, str], adapters: list[str]) -> str:
+def readme(
+    fields: Mapping[str, str],
+    adapters: list[str],
+    model_row: str = "`model.onnx`, `model.onnx.data` | the graph and the weights",
+    extensions: str = '"onnx", "data"',
+    build: str = "",
+) -> str:
     """The bundle's README.md; `fields` fill README.bundle.md, `adapters` are file names.
 
     A reward model has a README of its own, and no adapters beside it.
+
+    Args:
+        model_row: the files of the model, and what they are, in a table.
+        extensions: their ends, as Kotlin writes them.
+        build: a section on how the runtime is built.
     """
     page = "README.reward.md" if fields["kind"] == "reward" else "README.bundle.md"
     template = Template((Path(__file__).parent / page).read_text(encoding="utf-8"))
     rows = "".join(f"| `{name}` | a LoRA adapter, applied at run time |\n" for name in adapters)
-    return template.substitute(fields, adapter_row=rows, adapter_code=_adapter_code(adapters))
+    return template.substitute(
+        fields,
+        adapter_row=rows,
+        adapter_code=_adapter_code(adapters),
+        model_row=model_row,
+        extensions=extensions,
+        build=build,
+    )
 
 
 def _adapter_code(adapters: list[str]) -> str:

@@ -6,6 +6,7 @@ genai cannot run a reward model, but it opens one for its tokenizer, with the sa
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from ...architectures import DecoderConfig
@@ -22,10 +23,19 @@ _TEXT = {name: name for name in ("input_ids", "attention_mask")}
 _SAMPLING = ("temperature", "top_k", "top_p", "repetition_penalty")
 
 
-def files(config: DecoderConfig, tokenizer: Tokenizer, deployment: Deployment) -> dict[str, bytes]:
-    """{file name: content}"""
+def files(
+    config: DecoderConfig,
+    tokenizer: Tokenizer,
+    deployment: Deployment,
+    model: str = MODEL,
+    options: Mapping[str, str] = {},
+) -> dict[str, bytes]:
+    """{file name: content}; `model` is run with these session options."""
+    settings = genai_config(config, tokenizer, deployment)
+    settings["model"]["decoder"]["filename"] = model
+    settings["model"]["decoder"]["session_options"] |= options
     return {
-        CONFIG: _json(genai_config(config, tokenizer, deployment)),
+        CONFIG: _json(settings),
         **tokenizer_files.files(tokenizer),
     }
 

@@ -114,6 +114,16 @@ class Layout:
     def by_name(self) -> dict[str, Stored]:
         return {tensor.name: tensor for tensor in self.tensors}
 
+    def bytes_by_weight(self) -> dict[str, int]:
+        """{source name: bytes of its tensors}; those of several weights by their rows."""
+        found: dict[str, int] = {}
+        for tensor in self.tensors:
+            rows = _rows(tensor.choices)
+            for choice in tensor.choices:
+                share = tensor.nbytes * choice.weight.shape[0] // rows
+                found[choice.weight.name] = found.get(choice.weight.name, 0) + share
+        return found
+
 
 def layout(config: DecoderConfig, plan: Plan, deployment: Deployment) -> Layout:
     """Where everything lies.

@@ -8,7 +8,7 @@ used: a hostile file is BadInput, never a crash or a large allocation.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ _FLOAT = ("FusedMatMul", "Gather")
 _CODEBOOK = "MatMulBnb4"
 _QUANTIZED = ("MatMulNBits", "GatherBlockQuantized", _CODEBOOK)
 _LOOKUPS = ("Gather", "GatherBlockQuantized")
+_BIAS = 5  # which input of MatMulNBits
 _ADD_AND_NORM = "SkipSimplifiedLayerNormalization"
 
 
@@ -75,25 +76,22 @@ class File:
 
     Attributes:
         properties: what the model says of itself.
+
+    Raises:
+        BadInput: two nodes share a name.
     """
 
-    def __init__(self, folder: Path) -> None:
-        try:
-            model = onnx.load_model(folder / MODEL, load_external_data=False)
-            self._data = np.memmap(folder / DATA, np.uint8, "r")
-        except (OSError, ValueError, DecodeError) as error:
-            raise _broken(f"it cannot be read: {error}") from error
-        self.properties = {entry.key: entry.value for entry in model.metadata_props}
-        self.nodes: dict[str, onnx.NodeProto] = {node.name: node for node in model.graph.node}
-        self._makers: dict[str, onnx.NodeProto] = {
-            output: node for node in model.graph.node for output in node.output
-        }
-        self._stored: dict[str, npt.NDArray[Any]] = {}
-        for tensor in model.graph.initializer:
-            if tensor.data_location == onnx.TensorProto.EXTERNAL:
-                self._stored[tensor.name] = self._view(tensor)
-        if len(self.nodes) != len(model.graph.node) or model.functions:
-            raise _broken("nodes share a name, or functions hide them")
+    def __init__(
+        self,
+        nodes: Sequence[onnx.NodeProto],
+        stored: Mapping[str, npt.NDArray[Any]],
+        properties: Mapping[str, str],
+    ) -> None:
+        self.properties, self._stored = properties, stored
+        self.nodes = {node.name: node for node in nodes}
+        self._makers = {output: node for node in nodes for output in node.output}
+        if len(self.nodes) != len(nodes):
+            raise _broken("nodes share a name")
 
     def tensor(self, name: str) -> npt.NDArray[Any]:
         """A stored tensor, by the name of a value: itself, or what is cast of it."""
@@ -149,15 +147,44 @@ class File:
             settings.get("block_size", 0),
         )
 
-    def _view(self, tensor: onnx.TensorProto) -> npt.NDArray[Any]:
-        if tensor.data_type not in _DTYPES:
-            raise _broken(f"{tensor.name} has data type {tensor.data_type}")
-        dtype = np.dtype(_DTYPES[tensor.data_type])
-        try:
-            found = external_bytes(tensor, self._data, DATA, 8 * dtype.itemsize)
-        except ValueError as error:
-            raise _broken(str(error)) from error
-        return found.view(dtype).reshape(tuple(tensor.dims))
+    def bias(self, name: str) -> npt.NDArray[Any]:
+        """What is added to the product `name`: by a node of its own, or by the product itself."""
+        inputs = self.node(name).input
+        if self.nodes[name].op_type == "MatMulNBits" and len(inputs) > _BIAS:
+            return self.tensor(inputs[_BIAS])
+        return self.tensor(self.node(f"{name}.bias").input[1])
+
+
+def open_file(folder: Path) -> File:
+    """The model and its data file in `folder`.
+
+    Raises:
+        BadInput: they cannot be read.
+    """
+    try:
+        model = onnx.load_model(folder / MODEL, load_external_data=False)
+        data = np.memmap(folder / DATA, np.uint8, "r")
+    except (OSError, ValueError, DecodeError) as error:
+        raise _broken(f"it cannot be read: {error}") from error
+    if model.functions:
+        raise _broken("functions hide nodes")
+    stored = {
+        tensor.name: _view(tensor, data)
+        for tensor in model.graph.initializer
+        if tensor.data_location == onnx.TensorProto.EXTERNAL
+    }
+    return File(model.graph.node, stored, {e.key: e.value for e in model.metadata_props})
+
+
+def _view(tensor: onnx.TensorProto, data: UInt8) -> npt.NDArray[Any]:
+    if tensor.data_type not in _DTYPES:
+        raise _broken(f"{tensor.name} has data type {tensor.data_type}")
+    dtype = np.dtype(_DTYPES[tensor.data_type])
+    try:
+        found = external_bytes(tensor, data, DATA, 8 * dtype.itemsize)
+    except ValueError as error:
+        raise _broken(str(error)) from error
+    return found.view(dtype).reshape(tuple(tensor.dims))
 
 
 def external_bytes(tensor: onnx.TensorProto, data: UInt8, location: str, bits: int) -> UInt8:
@@ -184,19 +211,17 @@ def external_bytes(tensor: onnx.TensorProto, data: UInt8, location: str, bits: i
 
 
 def read_back(
-    folder: Path, config: DecoderConfig, grids: Mapping[str, str]
+    file: File, config: DecoderConfig, grids: Mapping[str, str]
 ) -> Iterator[tuple[str, Quantized | Float32]]:
     """Every weight of the finished files, under its source name and in source row order.
 
     Args:
-        folder: holds the model and its data.
         config: of the decoder that the files should hold.
         grids: {source name: grid name} of the quantized weights.
 
     Raises:
         BadInput: malformed, a weight missing, or on another grid or of another shape.
     """
-    file = File(folder)
     for weight in weights(config):
         yield weight.name, unpack(file, weight, config, grids.get(weight.name))
 
@@ -263,12 +288,11 @@ def _vector(file: File, weight: Weight, config: DecoderConfig) -> Float32:
         found = file.tensor(name)
     elif weight.kind is Kind.SCORE:
         found = file.tensor(file.node(module).input[1])
-    elif f"{module}.bias" in file.nodes:
-        found = file.tensor(file.node(f"{module}.bias").input[1])
+    elif module in file.nodes:
+        found = file.bias(module)
     else:
         root, _, last = module.rpartition(".")
-        joined = file.tensor(file.node(f"{root}.qkv_proj.bias").input[1])
-        found = joined[slice(*_place_of(last, config))]
+        found = file.bias(f"{root}.qkv_proj")[slice(*_place_of(last, config))]
     if found.shape != weight.shape or found.dtype != np.float32:
         raise _broken(f"{weight.name} is {found.dtype} {found.shape}, not float32 {weight.shape}")
     return np.array(found)

@@ -1,9 +1,9 @@
 """ONNX Runtime as it runs on a device: same files, same operators, same session options.
 
-Fills `validation.runtime.Runtime` and `Scorer` for the ONNX container. Logits of whole windows and
-scores come from ONNX Runtime's own session; tokenizer, text and speeds of a language model from
-onnxruntime-genai, as in an app. Everything
-happens in a child process (`onnxruntime_worker`), which imports neither torch nor transformers.
+Fills `validation.runtime.Runtime` for the containers onnx and ort, and `Scorer` for onnx. Logits of
+whole windows and scores come from ONNX Runtime's own session; tokenizer, text and speeds of a
+language model from onnxruntime-genai, as in an app. Everything happens in a child process
+(`onnxruntime_worker`), which imports neither torch nor transformers.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def logits(
     """Logits at every position of every window, each window from an empty cache.
 
     Args:
-        file: `model.onnx`, its data beside it.
+        file: `model.onnx`, its data beside it, or `model.ort`.
         windows: int32 (n, length) token ids, as they are: nothing is put before them.
         out: becomes a .npy file of float32 (n, length, vocabulary).
         kv_cache: the dtype that the graph has; no other can be asked for.
@@ -210,5 +210,5 @@ def _adapter(adapter: Path | None) -> dict[str, Any]:
 
 
 def _call(job: str, file: Path, progress: Progress | None = None, **arguments: Any) -> Any:
-    refuse_missing(file, "ONNX Runtime runs a model.onnx")
+    refuse_missing(file, "ONNX Runtime runs a model.onnx or a model.ort")
     return worker.call(_WORKER, job, {"file": str(file), **arguments}, progress)

@@ -19,12 +19,14 @@ _LOOKUPS = ("Gather", "GatherBlockQuantized")
 _BLOCK = 3 * _FLOAT
 
 
-def memory(folder: Path, context: int, adapter: Path | None) -> Memory:
+def memory(file: File, folder: Path, context: int, adapter: Path | None) -> Memory:
     """Bytes with a cache for `context` tokens, for prompts of any length that fits.
 
     A reward model keeps no cache, and reads a text of `context` tokens in one run.
+
+    Args:
+        file: the model in `folder`.
     """
-    file = File(folder)
     settings = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))
     multiplied = {
         name: operand

@@ -16,6 +16,8 @@ import onnxruntime as ort
 import onnxruntime_genai as genai
 
 from ...errors import ValidationFailed
+from ...export.onnx import reader as onnx_reader
+from ...export.ort import reader as ort_reader
 from ...quantize.grid import Float32
 from .. import worker
 from ..logits import writer
@@ -26,6 +28,7 @@ from .rss import gained, rss
 
 PROVIDER = "CPUExecutionProvider"
 _EXACT = 1  # accuracy_level of MatMulNBits: products in float32
+_ENTRY = "session."  # in genai_config.json, what it gives to ONNX Runtime as it is
 _FOLDER = "session.model_external_initializers_file_folder_path"
 _LOGITS = 2**24  # numbers of one run: 64 MiB
 ort.set_default_logger_severity(4)  # what fails is raised; the log repeats it in color
@@ -35,6 +38,9 @@ def _open(file: Path, threads: int, exact: bool) -> ort.InferenceSession:
     """The model in ONNX Runtime's own session, on its own provider."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
+    for key, value in _settings(file.parent)["decoder"]["session_options"].items():
+        if key.startswith(_ENTRY):
+            options.add_session_config_entry(key, value)
     model: str | bytes = str(file)
     if exact:
         model = _exact(file)
@@ -55,10 +61,10 @@ class _Session:
 
     def __init__(self, file: Path, threads: int, exact: bool) -> None:
         self.session = _open(file, threads, exact)
-        self.run_options = ort.RunOptions()
-        self.outputs = [value.name for value in self.session.get_outputs()]
         settings = _settings(file.parent)
         decoder = settings["decoder"]
+        self.run_options = ort.RunOptions()
+        self.outputs = [value.name for value in self.session.get_outputs()]
         self.empty = np.zeros(
             (1, decoder["num_key_value_heads"], 0, decoder["head_size"]), np.float32
         )
@@ -89,6 +95,8 @@ class _Session:
 
 def _exact(file: Path) -> bytes:
     """The model with every product in float32."""
+    if file.name == ort_reader.MODEL:
+        return ort_reader.at_accuracy_level(file, _EXACT)
     model = onnx.load_model(file, load_external_data=False)
     for node in model.graph.node:
         for attribute in node.attribute:
@@ -142,7 +150,7 @@ def _measure_scores(file: str, context: int, lengths: list[int], threads: int) -
         _score(session, tokens[:length].tolist())
         seconds = time.perf_counter() - start
         speed.append(Speed(length, seconds, length / seconds, None, seconds).to_json())
-    memory = onnxruntime_memory.memory(folder, context, None)
+    memory = onnxruntime_memory.memory(_read(Path(file)), folder, context, None)
     return {"speed": speed, "memory": memory.to_json(), **gained(before)}
 
 
@@ -253,7 +261,9 @@ def _measure(
     if adapter is not None:
         opened.attach(adapter)
     folder = Path(file).parent
-    memory = onnxruntime_memory.memory(folder, context, Path(adapter) if adapter else None)
+    memory = onnxruntime_memory.memory(
+        _read(Path(file)), folder, context, Path(adapter) if adapter else None
+    )
     tokens = np.random.default_rng(0).integers(
         _settings(folder)["vocab_size"], size=context, dtype=np.int32
     )
@@ -265,6 +275,13 @@ def _measure(
             for length in worker.counted(fitting, len(fitting))
         ]
     return {"speed": speed, "memory": memory.to_json(), **gained(before)}
+
+
+def _read(file: Path) -> onnx_reader.File:
+    """The model, read as the containers read theirs back."""
+    if file.name == ort_reader.MODEL:
+        return ort_reader.open_file(file.parent)
+    return onnx_reader.open_file(file.parent)
 
 
 def _time(

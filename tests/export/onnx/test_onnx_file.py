@@ -15,7 +15,7 @@ from slimport.errors import Unsupported, ValidationFailed
 from slimport.export import onnx as container
 from slimport.export.container import Deployment
 from slimport.export.onnx import layout
-from slimport.export.onnx.reader import DATA, MODEL, File
+from slimport.export.onnx.reader import DATA, MODEL, open_file
 from slimport.quantize.grid import INT8_ROW
 from slimport.quantize.plan import make_plan
 from slimport.quantize.tensor import QuantizedTensor, weights_digest
@@ -186,7 +186,7 @@ def test_tensors_are_aligned_shared_and_without_needless_zero_points(
     assert not any("lm_head" in name for name in places)
     assert all("zero_point" not in name for name in places if "embed" in name)
     assert "model.layers.0.mlp.up_proj.zero_point" in places  # 2 bits: 1, not 2
-    file = File(tmp_path)
+    file = open_file(tmp_path)
     assert not any("g_idx" in value for node in file.nodes.values() for value in node.input)
 
 
