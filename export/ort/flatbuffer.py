@@ -218,7 +218,7 @@ class _Writer:
     def __init__(self) -> None:
         self.builder = flatbuffers.Builder(1 << 20)
         self.blobs: list[tuple[int, Blob]] = []
-        self._hole = self.builder.CreateByteVector(b"")
+        self._hole = int(self.builder.CreateByteVector(b""))
 
     def table(self, name: str, values: Values) -> int:
         fields = [

@@ -13,10 +13,9 @@ from ...export.onnx.reader import File, Operand
 from ..runtime import Memory
 
 _FLOAT = 4
-_LOOKUPS = ("Gather", "GatherBlockQuantized")
-# Beside the codes, packed for the CPU, a block has its scale as float32 twice (once in the packed
-# weights) and the sum of its codes (mlas, SQNBitGemm).
-_BLOCK = 3 * _FLOAT
+# Beside the codes, packed for the CPU, a block has its scale and the sum of its codes (mlas,
+# SQNBitGemm). The scale is there once more, in the mapped file if it stands there as float32.
+_BLOCK = 2 * _FLOAT
 
 
 def memory(file: File, folder: Path, context: int, adapter: Path | None) -> Memory:
@@ -38,7 +37,8 @@ def memory(file: File, folder: Path, context: int, adapter: Path | None) -> Memo
             operand.codes.nbytes
             for name, node in file.nodes.items()
             if node.op_type in _LOOKUPS and (operand := file.operand(name))
-        ),
+        )
+        + sum(_mapped_scale(operand) for operand in multiplied.values()),
         repacked=sum(_packed_bytes(operand) for operand in multiplied.values()),
         kv_cache=_cache_bytes(settings["model"]["decoder"], context) if "search" in settings else 0,
         compute=_compute_bytes(settings, multiplied, context),
@@ -49,7 +49,14 @@ def memory(file: File, folder: Path, context: int, adapter: Path | None) -> Memo
 def _packed_bytes(operand: Operand) -> int:
     if operand.scale is None:
         return operand.codes.size * _FLOAT
-    return operand.codes.nbytes + operand.scale.size * _BLOCK
+    copied = operand.scale.size * _FLOAT - _mapped_scale(operand)
+    return operand.codes.nbytes + operand.scale.size * _BLOCK + copied
+
+
+def _mapped_scale(operand: Operand) -> int:
+    """Bytes of a scale that is read from the file; a float16 one is cast, which copies it."""
+    scale = operand.scale
+    return 0 if scale is None or scale.dtype.itemsize < _FLOAT else scale.nbytes
 
 
 def _cache_bytes(decoder: dict[str, Any], context: int) -> int:

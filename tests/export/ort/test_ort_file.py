@@ -15,7 +15,7 @@ from onnxruntime.tools.ort_format_model import create_config_from_models
 from onnxruntime.tools.reduced_build_config_parser import parse_config
 
 from slimport.architectures import Kind, weights
-from slimport.errors import Unsupported
+from slimport.errors import Unsupported, ValidationFailed
 from slimport.export import onnx
 from slimport.export import ort as container
 from slimport.export.container import Deployment
@@ -25,7 +25,7 @@ from slimport.export.ort.reader import open_file
 from slimport.quantize.plan import make_plan
 from slimport.quantize.tensor import QuantizedTensor, weights_digest
 from slimport.tokenizer.tokenizer import Tokenizer
-from slimport.validation.runtimes import onnxruntime, onnxruntime_worker
+from slimport.validation.runtimes import onnxruntime, onnxruntime_memory, onnxruntime_worker
 
 Variant = tuple[str, dict[str, Any]]
 GRIDS = ["int4-g32", "int4-g32-signed", "int8-row", "int8-g32", "int2-g64", "float16"]
@@ -151,6 +151,24 @@ def test_adapters_switch_at_run_time_as_in_model_onnx(
     assert np.abs(plain - adapted).max() > 0.1
     (found,) = onnxruntime.generate(file, [[1, 5, 7]], 8, adapter=tone)
     assert [found] == onnxruntime.generate(other, [[1, 5, 7]], 8, adapter=tone)
+
+
+def test_scales_stay_in_the_mapped_file(tiny_llama: Path, in_memory: Any, tmp_path: Path) -> None:
+    model = in_memory(tiny_llama)
+    folder = export(model, tiny_llama, tmp_path / "ort").parent
+    other = as_onnx(model, tiny_llama, tmp_path / "onnx").parent
+    found = onnxruntime_memory.memory(open_file(folder), folder, 64, None)
+    expected = onnxruntime_memory.memory(onnx.reader.open_file(other), other, 64, None)
+    assert found.anonymous < expected.anonymous and found.total == expected.total
+
+
+def test_a_cut_file_does_not_run(tiny_llama: Path, in_memory: Any, tmp_path: Path) -> None:
+    file = export(in_memory(tiny_llama), tiny_llama, tmp_path)
+    file.write_bytes(file.read_bytes()[:-4096])
+    with pytest.raises(ValidationFailed, match=r"does not load model\.ort"):
+        onnxruntime.logits(file, windows(400), tmp_path / "o.npy")
+    with pytest.raises(ValidationFailed, match=r"does not load"):
+        onnxruntime.generate(file, [[1]], 2)
 
 
 PROGRAM = """
