@@ -44,9 +44,7 @@ def test_the_bundle_is_whole(exported: tuple[Path, Path]) -> None:
     settings = json.loads((folder / "genai_config.json").read_text())["model"]["decoder"]
     assert settings["filename"] == "model.ort"
     readme = (folder / "README.md").read_text()
-    assert (
-        "model.ort" in readme and "model.onnx" not in readme and "$" not in readme.split("```")[0]
-    )
+    assert "model.ort" in readme and "model.onnx" not in readme and "$" not in readme[:500]
     assert f"--include_ops_by_config {OPERATORS} --enable_reduced_operator_type_support" in readme
 
 

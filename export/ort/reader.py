@@ -25,12 +25,11 @@ from ..onnx.reader import File
 from .tools import generated
 
 MODEL = "model.ort"
-_MOST = 1_000_000  # tables of a file, as flatbuffers' own verifier has it
+_MOST, _FEW = 100_000, 64  # nodes or tensors of a graph; inputs, attributes or sizes of one
 _LONGEST = 4096  # bytes of a name
 _INTEGER = 2  # of a flatbuffer's AttributeType
 _I = 12  # of Attribute's vtable: where `i` lies
 _RAW_DATA = 12  # of Tensor's
-_LENGTH = 4
 _BEYOND = (struct.error, IndexError, OverflowError, TypeError, ValueError, AttributeError)
 _DTYPES: dict[int, np.dtype[Any]] = {
     onnx.TensorProto.FLOAT: np.dtype("<f4"),
@@ -49,8 +48,10 @@ def open_file(folder: Path) -> File:
         data = _mapped(folder / MODEL)
         model = _root(data).Model()
         graph = model.Graph()
-        nodes = [_node(each) for each in _each(graph, "Nodes")]
-        tensors = {_text(each.Name()): _view(each, data) for each in _each(graph, "Initializers")}
+        nodes = [_node(each) for each in _each(graph, "Nodes", _MOST)]
+        tensors = {
+            _text(each.Name()): _view(each, data) for each in _each(graph, "Initializers", _MOST)
+        }
         if len(tensors) != graph.InitializersLength():
             raise ValueError("tensors share a name")
         stored = {name: view for name, view in tensors.items() if view is not None}
@@ -65,11 +66,13 @@ def at_accuracy_level(path: Path, level: int) -> bytes:
     """
     with _malformed():
         data = np.memmap(path, np.uint8, "c")
-        for node in _each(_root(data).Model().Graph(), "Nodes"):
+        for node in _each(_root(data).Model().Graph(), "Nodes", _MOST):
             for attribute in _each(node, "Attributes"):
                 if attribute.Name() == b"accuracy_level":
-                    place = attribute._tab.Pos + attribute._tab.Offset(_I)
-                    struct.pack_into("<q", data.data, place, level)
+                    offset = attribute._tab.Offset(_I)
+                    if not offset:
+                        raise ValueError(f"{_text(node.Name())} states no accuracy level")
+                    struct.pack_into("<q", data.data, attribute._tab.Pos + offset, level)
         return data.tobytes()
 
 
@@ -108,10 +111,10 @@ def _root(data: npt.NDArray[np.uint8]) -> Any:
     return session.GetRootAsInferenceSession(content, 0)
 
 
-def _each(table: Any, field: str) -> Iterator[Any]:
+def _each(table: Any, field: str, most: int = _FEW) -> Iterator[Any]:
     """The elements of a vector."""
     count = getattr(table, f"{field}Length")()
-    if count > _MOST:
+    if count > most:
         raise ValueError(f"it has {count} {field}")
     return (getattr(table, field)(index) for index in range(count))
 

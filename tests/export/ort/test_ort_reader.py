@@ -117,6 +117,7 @@ CHANGES: dict[str, Change] = {
     "two of a name": lambda g: g["initializers"].append(g["initializers"][0]),
     "two nodes of a name": lambda g: g["nodes"].append(g["nodes"][0]),
     "no text": lambda g: _named(g["nodes"], UP).update(name=b"\xff\xfe"),
+    "too many inputs": lambda g: _named(g["nodes"], UP).update(inputs=[UP] * 100),
     "a long name": lambda g: _named(g["nodes"], UP).update(name=b"x" * 5000),
 }
 
