@@ -13,6 +13,7 @@ from ...export.onnx.reader import File, Operand
 from ..runtime import Memory
 
 _FLOAT = 4
+_LOOKUPS = ("Gather", "GatherBlockQuantized")
 # Beside the codes, packed for the CPU, a block has its scale and the sum of its codes (mlas,
 # SQNBitGemm). The scale is there once more, in the mapped file if it stands there as float32.
 _BLOCK = 2 * _FLOAT

@@ -61,10 +61,10 @@ class _Session:
 
     def __init__(self, file: Path, threads: int, exact: bool) -> None:
         self.session = _open(file, threads, exact)
-        settings = _settings(file.parent)
-        decoder = settings["decoder"]
         self.run_options = ort.RunOptions()
         self.outputs = [value.name for value in self.session.get_outputs()]
+        settings = _settings(file.parent)
+        decoder = settings["decoder"]
         self.empty = np.zeros(
             (1, decoder["num_key_value_heads"], 0, decoder["head_size"]), np.float32
         )
