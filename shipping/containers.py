@@ -11,7 +11,7 @@ from ..errors import DependencyMissing, Unsupported
 from ..export.container import Container
 from ..validation.runtime import Runtime, Scorer
 
-NAMES = ("gguf", "onnx", "ort", "qnn")
+NAMES = ("gguf", "onnx", "onnx-fp16", "ort", "qnn")
 
 
 class Pair(NamedTuple):
@@ -40,6 +40,11 @@ def load(name: str) -> Pair:
             from ..validation.runtimes import onnxruntime
 
             return Pair(onnx, onnxruntime, onnxruntime)
+        if name == "onnx-fp16":
+            from ..export import onnx_fp16
+            from ..validation.runtimes import onnxruntime_fp16
+
+            return Pair(onnx_fp16, onnxruntime_fp16)
         if name == "ort":
             from ..export import ort
             from ..validation.runtimes import onnxruntime

@@ -39,6 +39,7 @@ MEMORY = {
 CONTAINERS = {
     "gguf": "GGUF",
     "onnx": "ONNX",
+    "onnx-fp16": "ONNX float16",
     "ort": "ORT",
     "qnn": "QNN",
     "coreml": "Core ML",

@@ -1,4 +1,7 @@
-"""The ONNX container: a folder that onnxruntime-genai runs on phones, Windows and servers."""
+"""The ONNX container: a folder that onnxruntime-genai runs on phones, Windows and servers.
+
+Functions that take `activations` serve export/onnx_fp16 too, where they are float16.
+"""
 
 from __future__ import annotations
 
@@ -29,6 +32,7 @@ from .adapter import (
 from .decoder import decoder_graph, reward_graph
 from .device import readme
 from .graph import DATA
+from .layout import FLOAT16, FLOAT32, Float
 from .notes import notes
 
 __all__ = [
@@ -70,14 +74,16 @@ def context_length(config: DecoderConfig) -> int:
     return config.context_length
 
 
-def kv_cache(wanted: str) -> str:
-    """The graph computes in float32, and its cache holds what it computes."""
-    return "f32"
+def kv_cache(wanted: str, activations: Float = FLOAT32) -> str:
+    """The cache holds what the graph computes."""
+    return "f16" if activations == FLOAT16 else "f32"
 
 
-def refuse(config: DecoderConfig, plan: Plan, tokenizer: Tokenizer) -> None:
+def refuse(
+    config: DecoderConfig, plan: Plan, tokenizer: Tokenizer, activations: Float = FLOAT32
+) -> None:
     """Raise Unsupported if the graph, ONNX Runtime or genai cannot hold this exactly."""
-    layout.layout(config, plan, Deployment(1))
+    layout.layout(config, plan, Deployment(1), activations)
     tokenizer_files.refuse(tokenizer, config.vocab_size)
     for rope in layout.ropes(config):
         if rope.rotated(config.head_dim) % _HEAD_STEP:
@@ -93,10 +99,15 @@ def refuse_deployment(deployment: Deployment) -> None:
 
 
 def predict(
-    config: DecoderConfig, plan: Plan, tokenizer: Tokenizer, name: str, deployment: Deployment
+    config: DecoderConfig,
+    plan: Plan,
+    tokenizer: Tokenizer,
+    name: str,
+    deployment: Deployment,
+    activations: Float = FLOAT32,
 ) -> dict[str, int]:
     """{file name: bytes}, to the byte; `name` is the model's."""
-    placed = layout.layout(config, plan, deployment)
+    placed = layout.layout(config, plan, deployment, activations)
     graph = _graph(config, placed, deployment, name, _ANY_DIGEST)
     beside = genai.files(config, tokenizer, deployment)
     sizes = {file: len(content) for file, content in beside.items()}
@@ -109,7 +120,11 @@ def tensor_bytes(config: DecoderConfig, plan: Plan) -> dict[str, int]:
 
 
 def write(
-    model: QuantizedCheckpoint, tokenizer: Tokenizer, folder: Path, deployment: Deployment
+    model: QuantizedCheckpoint,
+    tokenizer: Tokenizer,
+    folder: Path,
+    deployment: Deployment,
+    activations: Float = FLOAT32,
 ) -> list[Path]:
     """Write model, data, genai's configuration and the tokenizer, and fsync them.
 
@@ -117,7 +132,7 @@ def write(
         Unsupported: as `refuse`, or a float weight beyond float16.
     """
     config = model.decoder
-    placed = layout.layout(config, model.plan, deployment)
+    placed = layout.layout(config, model.plan, deployment, activations)
     graph = _graph(config, placed, deployment, model.name, model.weights_digest)
     beside = genai.files(config, tokenizer, deployment)
     for name, content in {FILE: graph, **beside}.items():
@@ -161,6 +176,6 @@ def _data(
     """Name, bytes and content of every tensor."""
     for tensor in placed.tensors:
         if tensor.choices:
-            yield tensor.name, tensor.nbytes, packing.parts(tensor, model)
+            yield tensor.name, tensor.nbytes, packing.parts(tensor, model, placed.activations)
         else:
             yield tensor.name, tensor.nbytes, packing.rope_parts(tensor, model.decoder)

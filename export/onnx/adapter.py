@@ -10,20 +10,24 @@ import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import onnxruntime as ort
 
 from ...adapters.adapter import Adapter
 from ...architectures import DecoderConfig, Weight, weights
 from ...errors import BadInput, Unsupported, ValidationFailed
-from ...quantize.grid import Float32
 from ..container import foreign_adapter
 from ..file import sync_folder
+from ..floats import half
+from .layout import FLOAT16, FLOAT32, Float
 
 SUFFIX = ".onnx_adapter"
 _ADAPTER_VERSION, _MODEL_VERSION = 1, 1
 _ANY_DIGEST = "sha256:" + "0" * 64
+Factor = npt.NDArray[np.floating[Any]]
 
 
 def adapter_inputs(matrix: str, base: str) -> tuple[str, str]:
@@ -46,11 +50,13 @@ def refuse_adapter(adapter: Adapter) -> None:
         )
 
 
-def predict_adapter(adapter: Adapter, config: DecoderConfig) -> dict[str, int]:
+def predict_adapter(
+    adapter: Adapter, config: DecoderConfig, activations: Float = FLOAT32
+) -> dict[str, int]:
     """{file name: bytes} of what `write_adapter` writes, to the byte: it is written with zeros."""
     zeros = {
         name: np.zeros_like(factor)
-        for name, factor in _factors(adapter, config, _ANY_DIGEST, scale=1.0)
+        for name, factor in _factors(adapter, config, _ANY_DIGEST, 1.0, activations)
     }
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "sizes"
@@ -59,18 +65,24 @@ def predict_adapter(adapter: Adapter, config: DecoderConfig) -> dict[str, int]:
 
 
 def write_adapter(
-    adapter: Adapter, config: DecoderConfig, folder: Path, base: str, scale: float = 1.0
+    adapter: Adapter,
+    config: DecoderConfig,
+    folder: Path,
+    base: str,
+    scale: float = 1.0,
+    activations: Float = FLOAT32,
 ) -> Path:
-    """Write and fsync `NAME.onnx_adapter`: a (columns, rank) and b (rank, rows), float32.
+    """Write and fsync `NAME.onnx_adapter`: a (columns, rank) and b (rank, rows).
 
-    All scales are in b, the user's `scale` among them.
+    They are of the type `activations`. All scales are in b, the user's `scale` among them.
 
     Raises:
-        Unsupported: the adapter is more than an addition to matrices of decoder layers.
+        Unsupported: the adapter is more than an addition to matrices of decoder layers, or a factor
+            is beyond float16.
     """
     refuse_adapter(adapter)
     path = folder / f"{adapter.name}{SUFFIX}"
-    _export(dict(_factors(adapter, config, base, scale)), path)
+    _export(dict(_factors(adapter, config, base, scale, activations)), path)
     with path.open("rb") as file:
         os.fsync(file.fileno())
     sync_folder(folder)
@@ -78,7 +90,12 @@ def write_adapter(
 
 
 def check_adapter(
-    path: Path, adapter: Adapter, config: DecoderConfig, base: str, scale: float = 1.0
+    path: Path,
+    adapter: Adapter,
+    config: DecoderConfig,
+    base: str,
+    scale: float = 1.0,
+    activations: Float = FLOAT32,
 ) -> None:
     """Read an adapter's file back and compare every factor.
 
@@ -87,16 +104,16 @@ def check_adapter(
         ValidationFailed: a factor differs, or an update is missing or left over.
     """
     stored = read_adapter(path)
-    wanted = dict(_factors(adapter, config, base, scale))
+    wanted = dict(_factors(adapter, config, base, scale, activations))
     if stored.keys() != wanted.keys():
         name = min(stored.keys() ^ wanted.keys())
         raise _not_the_adapter(path, f"{name} is missing or left over")
     for name, factor in wanted.items():
-        if not np.array_equal(stored[name], factor):
+        if stored[name].dtype != factor.dtype or not np.array_equal(stored[name], factor):
             raise _not_the_adapter(path, f"{name} has other numbers")
 
 
-def read_adapter(path: Path) -> dict[str, Float32]:
+def read_adapter(path: Path) -> dict[str, Factor]:
     """{input of the graph: factor}
 
     Raises:
@@ -114,32 +131,39 @@ def read_adapter(path: Path) -> dict[str, Float32]:
         ) from error
 
 
-def refuse_foreign_adapter(path: Path, base: str) -> None:
-    """Raise BadInput if an adapter's file is not for the base with this weights digest."""
+def refuse_foreign_adapter(path: Path, base: str, activations: Float = FLOAT32) -> None:
+    """Raise BadInput if an adapter's file is not for the base with this weights digest and type."""
     mark = adapter_inputs("", base)[0].rpartition(".")[2]
-    for name in read_adapter(path):
+    for name, factor in read_adapter(path).items():
         if name.rpartition(".")[2] != mark:
             raise foreign_adapter(path, f"its input {name} is not one of the base {base}")
+        if factor.dtype != activations:
+            why = (
+                f"its input {name} is {factor.dtype}, and that of the base {np.dtype(activations)}"
+            )
+            raise foreign_adapter(path, why)
 
 
 def _factors(
-    adapter: Adapter, config: DecoderConfig, base: str, scale: float
-) -> Iterator[tuple[str, Float32]]:
+    adapter: Adapter, config: DecoderConfig, base: str, scale: float, activations: Float
+) -> Iterator[tuple[str, Factor]]:
     """The graph's inputs and what they get, in the order of the forward pass."""
     for weight in weights(config):
         delta = adapter.deltas.get(weight.name)
         if delta is None:
             continue
         first, second = adapter_inputs(_matrix(weight), base)
-        yield first, np.ascontiguousarray(delta.a.T, np.float32)
-        yield second, np.ascontiguousarray((delta.b * np.float32(scale * delta.scale)).T)
+        a, b = delta.a.T, (delta.b * np.float32(scale * delta.scale)).T
+        for name, factor in ((first, a), (second, b)):
+            rounded = half(name, factor) if activations == FLOAT16 else factor
+            yield name, np.ascontiguousarray(rounded, activations)
 
 
 def _matrix(weight: Weight) -> str:
     return weight.name.removesuffix(".weight")
 
 
-def _export(factors: dict[str, Float32], path: Path) -> None:
+def _export(factors: dict[str, Factor], path: Path) -> None:
     file = ort.AdapterFormat()
     file.set_adapter_version(_ADAPTER_VERSION)
     file.set_model_version(_MODEL_VERSION)

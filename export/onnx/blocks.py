@@ -11,7 +11,7 @@ import numpy as np
 import onnx_ir as ir
 
 from .graph import CONTRIB, Graph
-from .layout import Layout, Matrix, block_of, has_zero_points
+from .layout import FLOAT16, FLOAT32, Float, Layout, Matrix, Stored, block_of, has_zero_points
 
 # 4: onnxruntime multiplies int8 activations, as fast as a phone can; 1: float32, exact.
 SHIPPED_LEVEL = 4
@@ -19,10 +19,10 @@ _NF4 = 1
 
 
 def linear(graph: Graph, x: ir.Value, matrix: Matrix, layout: Layout) -> ir.Value:
-    """x @ weight.T + bias, float32 (..., rows)."""
+    """x @ weight.T + bias, (..., rows); all of the layout's activations type."""
     rows, columns = matrix.shape
     if matrix.grid is None:
-        weight = _widened(graph, f"{matrix.name}.weight", layout)
+        weight = stored(graph, f"{matrix.name}.weight", layout, layout.activations)
         (y,) = graph.op(
             "FusedMatMul", x, weight, name=matrix.name, domain=CONTRIB, transA=0, transB=1
         )
@@ -43,7 +43,7 @@ def linear(graph: Graph, x: ir.Value, matrix: Matrix, layout: Layout) -> ir.Valu
         (y,) = graph.op(
             "MatMulNBits",
             x,
-            *_quantized(graph, matrix, layout),
+            *_quantized(graph, matrix, layout, layout.activations),
             name=matrix.name,
             domain=CONTRIB,
             K=columns,
@@ -53,33 +53,38 @@ def linear(graph: Graph, x: ir.Value, matrix: Matrix, layout: Layout) -> ir.Valu
             accuracy_level=SHIPPED_LEVEL,
         )
     if matrix.bias:
-        bias = graph.stored(layout.by_name[f"{matrix.name}.bias"])
+        bias = stored(graph, f"{matrix.name}.bias", layout, layout.activations)
         (y,) = graph.op("Add", y, bias, name=f"{matrix.name}.bias")
     return y
 
 
 def low_rank(
-    graph: Graph, x: ir.Value, y: ir.Value, matrix: Matrix, names: tuple[str, str]
+    graph: Graph,
+    x: ir.Value,
+    y: ir.Value,
+    matrix: Matrix,
+    names: tuple[str, str],
+    dtype: Float,
 ) -> ir.Value:
     """y + x @ a @ b, with factors a (columns, rank) and b (rank, rows) that a run may give."""
     rows, columns = matrix.shape
     rank = f"{matrix.name}.rank"
-    a = graph.optional(names[0], np.zeros((columns, 0), np.float32), [columns, rank])
-    b = graph.optional(names[1], np.zeros((0, rows), np.float32), [rank, rows])
+    a = graph.optional(names[0], np.zeros((columns, 0), dtype), [columns, rank])
+    b = graph.optional(names[1], np.zeros((0, rows), dtype), [rank, rows])
     (inner,) = graph.op("MatMul", x, a, name=names[0])
     (update,) = graph.op("MatMul", inner, b, name=names[1])
     return add(graph, y, update, f"{matrix.name}.adapted")
 
 
 def lookup(graph: Graph, ids: ir.Value, matrix: Matrix, layout: Layout) -> ir.Value:
-    """Rows of a table, float32 (..., columns); the same stored tensors that `linear` takes."""
+    """Rows of a table as they enter the stream, (..., columns): `linear`'s stored tensors."""
     rows, columns = matrix.shape
     if matrix.grid is None:
-        table = graph.stored(layout.by_name[f"{matrix.name}.weight"])
-        (found,) = graph.op("Gather", table, ids, name=f"{matrix.name}.rows", axis=0)
-        return _to_float32(graph, found, f"{matrix.name}.rows.float32")
+        place = layout.by_name[f"{matrix.name}.weight"]
+        (found,) = graph.op("Gather", graph.stored(place), ids, name=f"{matrix.name}.rows", axis=0)
+        return graph.cast(found, float_of(place), layout.stream, f"{matrix.name}.rows")
     block = block_of(matrix.grid, columns)
-    _, scale, *zero_point = _quantized(graph, matrix, layout)
+    _, scale, *zero_point = _quantized(graph, matrix, layout, layout.stream)
     # The bytes of `linear`'s codes under another shape: onnxruntime would copy a reshaped tensor.
     codes = layout.by_name[f"{matrix.name}.codes"]
     flat = replace(codes, name=f"{codes.name}.rows", shape=(rows, codes.nbytes // rows))
@@ -126,18 +131,18 @@ def add(graph: Graph, x: ir.Value, y: ir.Value, name: str) -> ir.Value:
     return graph.op("Add", x, y, name=name)[0]
 
 
-def scaled(graph: Graph, x: ir.Value, factor: float, name: str) -> ir.Value:
-    """x * factor; nothing is computed for 1."""
-    return x if factor == 1 else graph.op("Mul", x, graph.real(factor), name=name)[0]
+def scaled(graph: Graph, x: ir.Value, factor: float, name: str, dtype: Float) -> ir.Value:
+    """x * factor, for an x of this type; nothing is computed for 1."""
+    return x if factor == 1 else graph.op("Mul", x, graph.real(factor, dtype), name=name)[0]
 
 
-def capped(graph: Graph, x: ir.Value, cap: float | None, name: str) -> ir.Value:
-    """cap * tanh(x / cap)."""
+def capped(graph: Graph, x: ir.Value, cap: float | None, name: str, dtype: Float) -> ir.Value:
+    """cap * tanh(x / cap), for an x of this type."""
     if cap is None:
         return x
-    (y,) = graph.op("Div", x, graph.real(cap), name=f"{name}.div")
+    (y,) = graph.op("Div", x, graph.real(cap, dtype), name=f"{name}.div")
     (y,) = graph.op("Tanh", y, name=f"{name}.tanh")
-    return graph.op("Mul", y, graph.real(cap), name=name)[0]
+    return graph.op("Mul", y, graph.real(cap, dtype), name=name)[0]
 
 
 def silu(graph: Graph, x: ir.Value, name: str) -> ir.Value:
@@ -171,25 +176,24 @@ def last_place(graph: Graph, ids: ir.Value, mask: ir.Value, pad: int | None, nam
     return graph.op("ArgMax", mask, name=name, axis=1, keepdims=1, select_last_index=1)[0]
 
 
-def _quantized(graph: Graph, matrix: Matrix, layout: Layout) -> list[ir.Value]:
-    """Codes, scales as float32, and zero points where they are stored."""
+def stored(graph: Graph, name: str, layout: Layout, dtype: Float) -> ir.Value:
+    """A stored tensor as `dtype`: onnxruntime folds the cast when it loads the model."""
+    place = layout.by_name[name]
+    return graph.cast(graph.stored(place), float_of(place), dtype, name)
+
+
+def float_of(tensor: Stored) -> Float:
+    """The type of a stored tensor of floats."""
+    return FLOAT16 if tensor.dtype == FLOAT16 else FLOAT32
+
+
+def _quantized(graph: Graph, matrix: Matrix, layout: Layout, dtype: Float) -> list[ir.Value]:
+    """Codes, scales as `dtype`, and zero points where they are stored."""
     assert matrix.grid is not None
     values = [
         graph.stored(layout.by_name[f"{matrix.name}.codes"]),
-        _widened(graph, f"{matrix.name}.scale", layout),
+        stored(graph, f"{matrix.name}.scale", layout, dtype),
     ]
     if has_zero_points(matrix.grid):
         values.append(graph.stored(layout.by_name[f"{matrix.name}.zero_point"]))
     return values
-
-
-def _widened(graph: Graph, name: str, layout: Layout) -> ir.Value:
-    """A stored float16 tensor as float32: onnxruntime folds the cast when it loads the model."""
-    return graph.once(
-        f"{name}.float32",
-        lambda: _to_float32(graph, graph.stored(layout.by_name[name]), f"{name}.float32"),
-    )
-
-
-def _to_float32(graph: Graph, x: ir.Value, name: str) -> ir.Value:
-    return graph.op("Cast", x, name=name, to=int(ir.DataType.FLOAT))[0]

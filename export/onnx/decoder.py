@@ -16,10 +16,10 @@ from ...architectures import DecoderConfig, Kind
 from ..container import Deployment
 from . import blocks
 from .adapter import adapter_inputs
-from .graph import CONTRIB, Graph, Shape
+from .graph import CONTRIB, TYPES, Graph, Shape
 from .layout import Layout, ropes
 
-INT64, INT32, FLOAT = ir.DataType.INT64, ir.DataType.INT32, ir.DataType.FLOAT
+INT64, INT32 = ir.DataType.INT64, ir.DataType.INT32
 PAST, PRESENT = "past_key_values.{}.{}", "present.{}.{}"
 SCORE = "score"
 _BATCH, _LENGTH, _PAST, _TOTAL = (
@@ -43,17 +43,18 @@ def decoder_graph(
     graph = Graph()
     ids = graph.input("input_ids", INT64, [_BATCH, _LENGTH])
     mask = graph.input("attention_mask", INT64, [_BATCH, _TOTAL])
-    caches = [_cache_inputs(graph, config, layer) for layer in range(config.layers)]
+    dtype = layout.activations
+    caches = [_cache_inputs(graph, config, layer, TYPES[dtype]) for layer in range(config.layers)]
     adapted = _Adapted(deployment.adapted, digest)
     build = _Decoder(graph, config, layout, adapted, _read_mask(graph, mask))
     normed = build.hidden(ids, caches)
     head = layout.matrices.get((None, Kind.HEAD), layout.matrices[None, Kind.EMBEDDING])
     logits = blocks.linear(graph, normed, head, layout)
-    logits = blocks.scaled(graph, logits, 1 / config.logits_divisor, "logits.scaled")
-    logits = blocks.capped(graph, logits, config.logits_softcap, "logits.capped")
-    graph.output(logits, "logits", FLOAT, [_BATCH, _LENGTH, config.vocab_size])
+    logits = blocks.scaled(graph, logits, 1 / config.logits_divisor, "logits.scaled", dtype)
+    logits = blocks.capped(graph, logits, config.logits_softcap, "logits.capped", dtype)
+    graph.output(logits, "logits", TYPES[dtype], [_BATCH, _LENGTH, config.vocab_size])
     for name, value in build.present:
-        graph.output(value, name, FLOAT, _cache_shape(config, _TOTAL))
+        graph.output(value, name, TYPES[dtype], _cache_shape(config, _TOTAL))
     return graph
 
 
@@ -71,10 +72,10 @@ def reward_graph(config: DecoderConfig, layout: Layout) -> Graph:
     normed = build.hidden(ids, [(None, None)] * config.layers)
     last = blocks.last_place(graph, ids, mask, config.pad_id, "score.place")
     (row,) = graph.op("GatherND", normed, last, name="score.row", batch_dims=1)
-    weight = graph.stored(layout.by_name[SCORE_WEIGHT])
+    weight = blocks.stored(graph, SCORE_WEIGHT, layout, layout.activations)
     (score,) = graph.op("Gemm", row, weight, name="score", transB=1)
     (score,) = graph.op("Squeeze", score, graph.integers(1), name="score.number")
-    graph.output(score, SCORE, FLOAT, [_BATCH])
+    graph.output(score, SCORE, TYPES[layout.activations], [_BATCH])
     return graph
 
 
@@ -82,9 +83,11 @@ def _cache_shape(config: DecoderConfig, length: str) -> Shape:
     return [_BATCH, config.kv_heads, length, config.head_dim]
 
 
-def _cache_inputs(graph: Graph, config: DecoderConfig, layer: int) -> tuple[ir.Value, ir.Value]:
+def _cache_inputs(
+    graph: Graph, config: DecoderConfig, layer: int, dtype: ir.DataType
+) -> tuple[ir.Value, ir.Value]:
     shape = _cache_shape(config, _PAST)
-    key, value = (graph.input(PAST.format(layer, part), FLOAT, shape) for part in ("key", "value"))
+    key, value = (graph.input(PAST.format(layer, part), dtype, shape) for part in ("key", "value"))
     return key, value
 
 
@@ -143,10 +146,11 @@ class _Decoder:
         self.norms = dict(config.family.norms)
 
     def hidden(self, ids: ir.Value, caches: Sequence[Cache]) -> ir.Value:
-        """What the last norm gives for every token, float32 (batch, length, hidden)."""
+        """What the last norm gives for every token, (batch, length, hidden)."""
         table, factor = self.layout.matrices[None, Kind.EMBEDDING], self.config.embedding_multiplier
+        name, dtype = "model.embed_tokens.scaled", self.layout.stream
         hidden = blocks.lookup(self.graph, ids, table, self.layout)
-        stream = _Stream(blocks.scaled(self.graph, hidden, factor, "model.embed_tokens.scaled"))
+        stream = _Stream(blocks.scaled(self.graph, hidden, factor, name, dtype))
         for layer, cache in enumerate(caches):
             stream = self.layer(stream, layer, cache)
         return self.read(stream, "model.norm")[1]
@@ -158,10 +162,12 @@ class _Decoder:
             return self.read(stream, f"{root}.{self.norms[kind]}" if kind in self.norms else None)
 
         def write(stream: _Stream, added: ir.Value, kind: Kind) -> _Stream:
+            added = self.to_stream(added)
             if kind in self.norms:
                 added = self.norm(added, f"{root}.{self.norms[kind]}")
             name, factor = f"{root}.{kind.value}.scaled", self.config.residual_multiplier
-            return _Stream(stream.hidden, blocks.scaled(self.graph, added, factor, name))
+            added = blocks.scaled(self.graph, added, factor, name, self.layout.stream)
+            return _Stream(stream.hidden, added)
 
         stream, inputs = read(stream, Kind.ATTENTION_NORM)
         stream = write(stream, self.attention(inputs, layer, cache), Kind.ATTENTION_POST_NORM)
@@ -174,12 +180,20 @@ class _Decoder:
         if norm is None:
             if added is not None:
                 hidden = blocks.add(self.graph, hidden, added, f"{added.name}.added")
-            return _Stream(hidden), hidden
+            return _Stream(hidden), self.from_stream(hidden)
         if added is None:
-            return stream, self.norm(hidden, norm)
+            return stream, self.from_stream(self.norm(hidden, norm))
         weight, epsilon = self.norm_weight(norm), self.config.rms_norm_eps
         hidden, normed = blocks.add_and_norm(self.graph, hidden, added, weight, epsilon, norm)
-        return _Stream(hidden), normed
+        return _Stream(hidden), self.from_stream(normed)
+
+    def to_stream(self, x: ir.Value) -> ir.Value:
+        """What a product made, in the type of the stream and its norms."""
+        return self.graph.cast(x, self.layout.activations, self.layout.stream, str(x.name))
+
+    def from_stream(self, x: ir.Value) -> ir.Value:
+        """What a norm made, in the type of products and attention."""
+        return self.graph.cast(x, self.layout.stream, self.layout.activations, str(x.name))
 
     def norm(self, x: ir.Value, name: str) -> ir.Value:
         return blocks.rms_norm(
@@ -187,11 +201,12 @@ class _Decoder:
         )
 
     def norm_weight(self, name: str) -> ir.Value:
-        weight = self.graph.stored(self.layout.by_name[f"{name}.weight"])
-        offset = self.config.family.norm_offset
+        dtype, offset = self.layout.stream, self.config.family.norm_offset
+        weight = blocks.stored(self.graph, f"{name}.weight", self.layout, dtype)
         if not offset:
             return weight
-        return blocks.add(self.graph, weight, self.graph.real(offset), f"{name}.weight.raised")
+        raised = self.graph.real(offset, dtype)
+        return blocks.add(self.graph, weight, raised, f"{name}.weight.raised")
 
     def linear(self, x: ir.Value, kind: Kind, layer: int) -> ir.Value:
         """A matrix of the layer, and the update of an adapter where adapters may change it."""
@@ -199,7 +214,7 @@ class _Decoder:
         y = blocks.linear(self.graph, x, matrix, self.layout)
         if kind in self.adapted.kinds:
             names = adapter_inputs(matrix.name, self.adapted.digest)
-            y = blocks.low_rank(self.graph, x, y, matrix, names)
+            y = blocks.low_rank(self.graph, x, y, matrix, names, self.layout.activations)
         return y
 
     def attention(self, x: ir.Value, layer: int, cache: Cache) -> ir.Value:
@@ -218,8 +233,8 @@ class _Decoder:
         if looks.rope is not None:
             index = self.ropes.index(looks.rope)
             tables = [
-                self.graph.stored(self.layout.by_name[f"rope.{index}.{half}"])
-                for half in ("cos", "sin")
+                blocks.stored(self.graph, name, self.layout, self.layout.activations)
+                for name in (f"rope.{index}.cos", f"rope.{index}.sin")
             ]
         mixed, *present = self.graph.op(
             "GroupQueryAttention",
@@ -241,11 +256,13 @@ class _Decoder:
 
     def head_norm(self, x: ir.Value, name: str, heads: int) -> ir.Value:
         """RMSNorm of each head, or of the whole row."""
+        x = self.to_stream(x)
         if self.config.family.qk_norm == "row":
-            return self.norm(x, name)
+            return self.from_stream(self.norm(x, name))
         size = self.config.head_dim
         x = blocks.reshaped(self.graph, x, (heads, size), f"{name}.heads")
-        return blocks.reshaped(self.graph, self.norm(x, name), (heads * size,), f"{name}.row")
+        x = blocks.reshaped(self.graph, self.norm(x, name), (heads * size,), f"{name}.row")
+        return self.from_stream(x)
 
     def feed_forward(self, x: ir.Value, layer: int) -> ir.Value:
         name = f"model.layers.{layer}.mlp"

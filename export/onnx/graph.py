@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from .layout import INT4, Stored
+from .layout import FLOAT16, FLOAT32, INT4, Float, Stored
 
 CONTRIB = "com.microsoft"  # onnxruntime's own operators, ContribOperators.md
 OPSET, CONTRIB_OPSET, IR_VERSION = 21, 1, 10
@@ -18,13 +18,14 @@ DATA = "model.onnx.data"
 
 Shape = Sequence[int | str]
 Tensor = ir.TensorProtocol
-_TYPES = {
+TYPES = {
     INT4: ir.DataType.INT4,
     "|i1": ir.DataType.INT8,
     "|u1": ir.DataType.UINT8,
-    "<f2": ir.DataType.FLOAT16,
-    "<f4": ir.DataType.FLOAT,
+    FLOAT16: ir.DataType.FLOAT16,
+    FLOAT32: ir.DataType.FLOAT,
 }
+_WORDS: dict[Float, str] = {FLOAT16: "float16", FLOAT32: "float32"}
 
 
 class Graph:
@@ -72,7 +73,7 @@ class Graph:
                 self._data,
                 tensor.offset,
                 tensor.nbytes,
-                _TYPES[tensor.dtype],
+                TYPES[tensor.dtype],
                 shape=ir.Shape(tensor.shape),
                 name=tensor.name,
             )
@@ -86,9 +87,18 @@ class Graph:
         """int64 (n,), such as a shape."""
         return self.constant(np.array(values, np.int64), f"int64:{','.join(map(str, values))}")
 
-    def real(self, value: float) -> ir.Value:
-        """A float32 number without dimensions."""
-        return self.constant(np.array(value, np.float32), f"float32:{np.float32(value)!s}")
+    def real(self, value: float, dtype: Float) -> ir.Value:
+        """A number without dimensions: float32, or rounded to float16 when the model is loaded."""
+        name = f"float32:{np.float32(value)!s}"
+        number = self.constant(np.array(value, np.float32), name)
+        return self.cast(number, FLOAT32, dtype, name)
+
+    def cast(self, x: ir.Value, found: Float, wanted: Float, name: str) -> ir.Value:
+        """x, whose type is `found`, as `wanted`; what is equal stays as it is."""
+        if found == wanted:
+            return x
+        name = f"{name}.{_WORDS[wanted]}"
+        return self.once(name, lambda: self.op("Cast", x, name=name, to=int(TYPES[wanted]))[0])
 
     def op(
         self,

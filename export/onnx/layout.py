@@ -27,6 +27,9 @@ from ..container import Deployment
 
 ALIGNMENT = 64
 INT4 = "int4"
+Float = Literal["<f4", "<f2"]
+FLOAT32: Float = "<f4"
+FLOAT16: Float = "<f2"
 FLOAT_MATRIX, FLOAT_VECTOR, SCALE = "<f2", "<f4", "<f2"
 GRIDS = ("int4-g32", "int4-g32-signed", "int8-row", "int8-g32", "int2-g64", "int2-g256", "nf4-g64")
 _QKV = (Kind.Q, Kind.K, Kind.V)
@@ -100,9 +103,18 @@ class Layout:
     Args:
         matrices: in the order of the forward pass.
         tensors: in the order of the file; their offsets are set here.
+        activations: what products, attention, cache and logits are computed in.
+        stream: what the residual stream and its norms are computed in.
     """
 
-    def __init__(self, matrices: Iterable[Matrix], tensors: Iterable[Stored]) -> None:
+    def __init__(
+        self,
+        matrices: Iterable[Matrix],
+        tensors: Iterable[Stored],
+        activations: Float = FLOAT32,
+        stream: Float = FLOAT32,
+    ) -> None:
+        self.activations, self.stream = activations, stream
         self.matrices = {(matrix.layer, matrix.kind): matrix for matrix in matrices}
         placed, end = [], 0
         for tensor in tensors:
@@ -125,12 +137,16 @@ class Layout:
         return found
 
 
-def layout(config: DecoderConfig, plan: Plan, deployment: Deployment) -> Layout:
-    """Where everything lies.
+def layout(
+    config: DecoderConfig, plan: Plan, deployment: Deployment, activations: Float = FLOAT32
+) -> Layout:
+    """Where everything lies; the tensors are the same whatever `activations` are.
 
     Raises:
         Unsupported: a grid that no operator of the graph holds exactly.
     """
+    for choice in plan.choices:
+        _refuse(choice, activations)
     matrices = list(_matrices(config, plan, deployment))
     first = {matrix.choices[0].weight.name: matrix for matrix in matrices}
     joined = {c.weight.name for matrix in matrices for c in (*matrix.choices, *matrix.bias)}
@@ -145,7 +161,10 @@ def layout(config: DecoderConfig, plan: Plan, deployment: Deployment) -> Layout:
         shape = (deployment.context, rope.rotated(config.head_dim) // 2)
         for half in ("cos", "sin"):
             tensors.append(Stored(f"rope.{index}.{half}", FLOAT_VECTOR, shape, (), "values"))
-    return Layout(matrices, tensors)
+    # Gemma multiplies embeddings by sqrt(hidden_size), and its stream grows beyond float16: genai's
+    # builder, too, keeps it and its norms in float32.
+    stream = FLOAT32 if config.family.scaled_embedding else activations
+    return Layout(matrices, tensors, activations, stream)
 
 
 def ropes(config: DecoderConfig) -> tuple[Rope, ...]:
@@ -201,7 +220,6 @@ def _matrices(config: DecoderConfig, plan: Plan, deployment: Deployment) -> Iter
         weight = choice.weight
         if not weight.is_matrix:
             continue
-        _refuse(choice)
         stem = weight.name.removesuffix(".weight")
         if weight.kind not in _QKV:
             yield matrix(stem, (choice,))
@@ -241,14 +259,20 @@ def _rows(choices: Iterable[Choice]) -> int:
     return sum(choice.weight.shape[0] for choice in choices)
 
 
-def _refuse(choice: Choice) -> None:
+def _refuse(choice: Choice, activations: Float) -> None:
     if choice.grid is None:
         return
-    held = [
-        name for name in GRIDS if not (choice.weight.kind is Kind.EMBEDDING and name == "nf4-g64")
-    ]
+    # MatMulBnb4 takes scales of the type of its input, and these need not be exact in float16.
+    cannot = choice.weight.kind is Kind.EMBEDDING or activations == FLOAT16
+    held = [name for name in GRIDS if not (cannot and name == "nf4-g64")]
     if choice.grid.name in held:
         return
+    if choice.grid.name in GRIDS and choice.weight.kind is not Kind.EMBEDDING:
+        raise Unsupported(
+            f"{choice.weight.name}: a float16 graph cannot hold the grid {choice.grid.name}",
+            "MatMulBnb4 takes scales of the type of its activations, and these are float32",
+            "keep activations in float32: --container onnx",
+        )
     raise Unsupported(
         f"{choice.weight.name}: ONNX cannot hold the grid {choice.grid.name}",
         f"no operator of ONNX Runtime means the same; it holds {', '.join(held)} here exactly",

@@ -8,14 +8,25 @@ from ...quantize.plan import Plan
 from ...tokenizer.tokenizer import Tokenizer
 from ..container import normalization_notes
 from . import template
+from .layout import FLOAT16, FLOAT32, Float
 from .tokenizer import template_withheld
 
 _RUNTIME = "onnxruntime-genai"
 
 
-def notes(config: DecoderConfig, plan: Plan, tokenizer: Tokenizer) -> list[str]:
-    """Sentences on prompts (normalization, BOS, chat template) and on slow operators."""
-    found = normalization_notes(tokenizer, _RUNTIME)
+_GPU = (
+    "The graph computes in float16 for a GPU, and no GPU executed it: it was judged on the CPU"
+    " provider. The app has to append the provider of its GPU, and to see which operators that one"
+    " leaves to the CPU; for the CPU alone take `--container onnx`."
+)
+
+
+def notes(
+    config: DecoderConfig, plan: Plan, tokenizer: Tokenizer, activations: Float = FLOAT32
+) -> list[str]:
+    """Sentences on the GPU, prompts (normalization, BOS, chat template) and slow operators."""
+    found = [_GPU] if activations == FLOAT16 else []
+    found += normalization_notes(tokenizer, _RUNTIME)
     if tokenizer.adds_bos and tokenizer.bos_id is not None:
         bos = tokenizer.library.id_to_token(tokenizer.bos_id)
         found.append(

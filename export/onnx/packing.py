@@ -15,24 +15,27 @@ from ...quantize.grid import Float32, Grid, Int8
 from ...quantize.store import QuantizedCheckpoint
 from ...quantize.tensor import QuantizedTensor
 from ..floats import exact_half, half
-from .layout import Stored, block_of, blocks_of, ropes, zero_point
+from .layout import FLOAT16, FLOAT32, Float, Stored, block_of, blocks_of, ropes, zero_point
 
 UInt8 = npt.NDArray[np.uint8]
 _CHUNK = 1 << 21  # weights packed at a time
 _FLIPS = {4: np.uint8(0x88), 8: np.uint8(0x80)}  # add half of the range to each code, modulo it
 
 
-def parts(tensor: Stored, model: QuantizedCheckpoint) -> Iterator[npt.NDArray[Any]]:
+def parts(
+    tensor: Stored, model: QuantizedCheckpoint, activations: Float = FLOAT32
+) -> Iterator[npt.NDArray[Any]]:
     """The bytes of a tensor that is made of weights, some rows at a time.
 
     Raises:
-        Unsupported: a float weight beyond float16.
+        Unsupported: a float weight beyond float16, which is stored or computed with as such.
     """
     for choice in tensor.choices:
         weight = model.load(choice.weight.name)
         if isinstance(weight, np.ndarray):
             name = choice.weight.name
-            yield half(name, weight) if tensor.dtype == "<f2" else np.ascontiguousarray(weight)
+            halved = half(name, weight) if FLOAT16 in (tensor.dtype, activations) else None
+            yield np.ascontiguousarray(weight if tensor.dtype != FLOAT16 else halved)
             continue
         assert isinstance(weight, QuantizedTensor), "layout refuses ggml's blocks"
         if tensor.part == "codes":

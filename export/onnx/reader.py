@@ -77,6 +77,9 @@ class File:
     Attributes:
         properties: what the model says of itself.
 
+    Args:
+        inputs: {input of the graph: its data type}; none where they all are float32.
+
     Raises:
         BadInput: two nodes share a name.
     """
@@ -86,8 +89,9 @@ class File:
         nodes: Sequence[onnx.NodeProto],
         stored: Mapping[str, npt.NDArray[Any]],
         properties: Mapping[str, str],
+        inputs: Mapping[str, int] = {},
     ) -> None:
-        self.properties, self._stored = properties, stored
+        self.properties, self._stored, self._inputs = properties, stored, inputs
         self.nodes = {node.name: node for node in nodes}
         self._makers = {output: node for node in nodes for output in node.output}
         if len(self.nodes) != len(nodes):
@@ -101,6 +105,13 @@ class File:
                 raise _broken(f"{name} is not made of a stored tensor")
             name = maker.input[0]
         return self._stored[name]
+
+    def input_dtype(self, name: str) -> np.dtype[Any]:
+        """Of the numbers that a run has to give under this name."""
+        kind = self._inputs.get(name, onnx.TensorProto.FLOAT)
+        if kind not in _DTYPES:
+            raise _broken(f"{name} is no input of floats")
+        return np.dtype(_DTYPES[kind])
 
     def node(self, name: str) -> onnx.NodeProto:
         if name not in self.nodes:
@@ -173,7 +184,9 @@ def open_file(folder: Path) -> File:
         for tensor in model.graph.initializer
         if tensor.data_location == onnx.TensorProto.EXTERNAL
     }
-    return File(model.graph.node, stored, {e.key: e.value for e in model.metadata_props})
+    inputs = {value.name: value.type.tensor_type.elem_type for value in model.graph.input}
+    properties = {entry.key: entry.value for entry in model.metadata_props}
+    return File(model.graph.node, stored, properties, inputs)
 
 
 def _view(tensor: onnx.TensorProto, data: UInt8) -> npt.NDArray[Any]:

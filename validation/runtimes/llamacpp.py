@@ -76,9 +76,8 @@ def logits(
     _call("logits", file, progress, **arguments, **_adapter(adapter, scale), **_threads(threads))
 
 
-def exact_logits(file: Path, windows: Ids, out: Path, *, adapter: Path | None = None) -> bool:
+def exact_logits(file: Path, windows: Ids, out: Path, *, adapter: Path | None = None) -> None:
     """llama.cpp's kernels round activations, and no setting changes it."""
-    return False
 
 
 def tokenize(file: Path, texts: Sequence[str]) -> list[list[int]]:

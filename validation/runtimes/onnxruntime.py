@@ -16,6 +16,7 @@ from typing import Any
 from ...tokenizer.conformance import Chat
 from .. import worker
 from ..runtime import (
+    SAME_MODEL,
     Generation,
     Ids,
     Measurements,
@@ -75,10 +76,14 @@ def logits(
     _run(file, windows, out, adapter, False, threads, progress)
 
 
-def exact_logits(file: Path, windows: Ids, out: Path, *, adapter: Path | None = None) -> bool:
-    """As `logits`, with float32 products in place of int8 activations."""
+def exact_logits(file: Path, windows: Ids, out: Path, *, adapter: Path | None = None) -> float:
+    """As `logits`, with every number in float32 and no int8 activations.
+
+    Raises:
+        ValidationFailed: as `logits`, or a number that the file has in float16 does not fit it.
+    """
     _run(file, windows, out, adapter, True, None, None)
-    return True
+    return SAME_MODEL
 
 
 def _run(

@@ -41,7 +41,7 @@ def memory(file: File, folder: Path, context: int, adapter: Path | None) -> Memo
         )
         + sum(_mapped_scale(operand) for operand in multiplied.values()),
         repacked=sum(_packed_bytes(operand) for operand in multiplied.values()),
-        kv_cache=_cache_bytes(settings["model"]["decoder"], context) if "search" in settings else 0,
+        kv_cache=_cache_bytes(file, settings, context),
         compute=_compute_bytes(settings, multiplied, context),
         adapter=adapter.stat().st_size if adapter else 0,
     )
@@ -60,9 +60,16 @@ def _mapped_scale(operand: Operand) -> int:
     return 0 if scale is None or scale.dtype.itemsize < _FLOAT else scale.nbytes
 
 
-def _cache_bytes(decoder: dict[str, Any], context: int) -> int:
-    width = decoder["num_key_value_heads"] * decoder["head_size"]
-    return int(2 * decoder["num_hidden_layers"] * width * context * _FLOAT)
+def _cache_bytes(file: File, settings: dict[str, Any], context: int) -> int:
+    """Keys and values in the type of the graph's inputs; a reward model has none."""
+    decoder = settings["model"]["decoder"]
+    keys = decoder["inputs"].get("past_key_names")
+    if keys is None:
+        return 0
+    width = (
+        decoder["num_key_value_heads"] * decoder["head_size"] * file.input_dtype(keys % 0).itemsize
+    )
+    return int(2 * decoder["num_hidden_layers"] * width * context)
 
 
 def _compute_bytes(settings: dict[str, Any], multiplied: dict[str, Operand], context: int) -> int:

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import onnx
 import onnxruntime as ort
 import onnxruntime_genai as genai
 
@@ -22,12 +21,11 @@ from ...quantize.grid import Float32
 from .. import worker
 from ..logits import writer
 from ..runtime import Speed
-from . import onnxruntime_memory
+from . import onnxruntime_exact, onnxruntime_memory
 from .refusals import refusals
 from .rss import gained, rss
 
 PROVIDER = "CPUExecutionProvider"
-_EXACT = 1  # accuracy_level of MatMulNBits: products in float32
 _ENTRY = "session."  # in genai_config.json, what it gives to ONNX Runtime as it is
 _FOLDER = "session.model_external_initializers_file_folder_path"
 _LOGITS = 2**24  # numbers of one run: 64 MiB
@@ -62,12 +60,14 @@ class _Session:
     def __init__(self, file: Path, threads: int, exact: bool) -> None:
         self.session = _open(file, threads, exact)
         self.run_options = ort.RunOptions()
-        self.outputs = [value.name for value in self.session.get_outputs()]
+        outputs = [value.name for value in self.session.get_outputs()]
+        self.outputs = [name for name in outputs if not name.endswith(onnxruntime_exact.PEAK)]
+        self.peaks = outputs[len(self.outputs) :]
         settings = _settings(file.parent)
         decoder = settings["decoder"]
-        self.empty = np.zeros(
-            (1, decoder["num_key_value_heads"], 0, decoder["head_size"]), np.float32
-        )
+        kinds = {value.name: value.type for value in self.session.get_inputs()}
+        dtype = np.float16 if kinds[self.caches()[0]] == "tensor(float16)" else np.float32
+        self.empty = np.zeros((1, decoder["num_key_value_heads"], 0, decoder["head_size"]), dtype)
         self.vocab_size = int(settings["vocab_size"])
 
     def attach(self, adapter: str) -> None:
@@ -76,34 +76,39 @@ class _Session:
             self.adapter.Load(adapter)
             self.run_options.add_active_adapter(self.adapter)
 
+    def caches(self) -> list[str]:
+        """The inputs for keys and values, in the order of the outputs after the logits."""
+        return [name.replace("present", "past_key_values") for name in self.outputs[1:]]
+
     def logits(self, window: list[int], step: int) -> Iterator[Float32]:
-        """float32 (tokens, vocabulary) of at most `step` tokens at a time."""
-        names = [name.replace("present", "past_key_values") for name in self.outputs[1:]]
+        """float32 (tokens, vocabulary) of at most `step` tokens at a time.
+
+        Raises:
+            ValidationFailed: a number that the file has in float16 does not fit it; looked for in
+                the exact form.
+        """
+        names = self.caches()
         cache = dict.fromkeys(names, self.empty)
         for start in range(0, len(window), step):
             ids = np.array([window[start : start + step]], np.int64)
             mask = np.ones((1, start + ids.size), np.int64)
             with refusals("ONNX Runtime cannot run the model"):
-                found, *present = self.session.run(
-                    self.outputs,
+                found, *rest = self.session.run(
+                    [*self.outputs, *self.peaks],
                     {"input_ids": ids, "attention_mask": mask, **cache},
                     self.run_options,
                 )
-            cache = dict(zip(names, present, strict=True))
-            yield found[0]
+            cache = dict(zip(names, rest, strict=False))
+            peaks = zip(self.peaks, map(float, rest[len(names) :]), strict=True)
+            onnxruntime_exact.refuse_overflow(dict(peaks))
+            yield found[0].astype(np.float32, copy=False)
 
 
 def _exact(file: Path) -> bytes:
     """The model with every product in float32."""
     if file.name == ort_reader.MODEL:
-        return ort_reader.at_accuracy_level(file, _EXACT)
-    model = onnx.load_model(file, load_external_data=False)
-    for node in model.graph.node:
-        for attribute in node.attribute:
-            if attribute.name == "accuracy_level":
-                attribute.i = _EXACT
-    content: bytes = model.SerializeToString()
-    return content
+        return ort_reader.at_accuracy_level(file, onnxruntime_exact.LEVEL)
+    return onnxruntime_exact.exact(file)
 
 
 def _logits(
@@ -133,7 +138,7 @@ def _scores(file: str, texts: list[list[int]], exact: bool, threads: int) -> lis
 def _score(session: ort.InferenceSession, text: list[int]) -> float:
     ids = np.array([text], np.int64)
     with refusals("ONNX Runtime cannot run the model"):
-        (found,) = session.run(None, {"input_ids": ids, "attention_mask": np.ones_like(ids)})
+        found, *_ = session.run(None, {"input_ids": ids, "attention_mask": np.ones_like(ids)})
     return float(found[0])
 
 
