@@ -400,7 +400,14 @@ def _manifest(
         "recipe": recipe.to_json(),
         "tools": assembly.tools(job.container),
         "minimum_runtime": minimum._asdict(),
+        **_session(job, found),
     }
+
+
+def _session(job: Job, found: dict[str, Any] | None) -> dict[str, Any]:
+    """The settings under which the files were judged; nothing where there are none."""
+    stated = job.runtime.SESSION
+    return {"session_options": dict(stated)} if found and stated else {}
 
 
 def _public(config: Mapping[str, Any]) -> dict[str, Any]:

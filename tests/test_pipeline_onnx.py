@@ -17,6 +17,7 @@ from slimport import bundle, pipeline
 from slimport.errors import BadInput
 from slimport.export.onnx.reader import DATA
 from slimport.recipe import load
+from slimport.validation.runtimes import onnxruntime
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # peft warns about tied tables
 
@@ -68,6 +69,7 @@ def test_the_bundle_is_whole(exported: tuple[Path, Path]) -> None:
     assert manifest["minimum_runtime"]["runtime"] == "onnxruntime-genai"
     assert {"onnx", "onnx-ir", "onnxruntime", "onnxruntime-genai"} <= manifest["tools"].keys()
     assert "xllamacpp" not in manifest["tools"]
+    assert manifest["session_options"] == onnxruntime.SESSION
     assert report["errors"]["file"]["codes_equal"] and report["errors"]["graph"]["kl_max"] < 1e-9
     assert report["footprint"]["predicted"]["keys"] == [
         f"memory.{part}" for part in ("mapped", "repacked", "kv_cache", "compute")

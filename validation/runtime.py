@@ -6,7 +6,7 @@ device will, in a child process of its own.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -251,6 +251,10 @@ class Runtime(Reader, Protocol):
     @property
     def UNKNOWN(self) -> tuple[str, ...]:
         """In words, what this runtime cannot say of a device."""
+
+    @property
+    def SESSION(self) -> Mapping[str, Any]:
+        """Settings of `logits` that may change bits, as they stand in manifests; may be empty."""
 
     def effort(self, file: Path) -> Effort | None:
         """How much can be asked of it; None: all that a recipe asks for."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx as onnx_file
 import pytest
 
 from slimport.architectures import decoder_config
@@ -199,6 +200,19 @@ def test_another_provider_is_a_failure(int4: Exported, monkeypatch: pytest.Monke
     monkeypatch.setattr(session, "get_providers", lambda self: ["OtherProvider", "CPU"])
     with pytest.raises(ValidationFailed, match="other providers than it was told"):
         onnxruntime_worker._Session(int4.file, 1, False)
+
+
+def test_the_session_is_told_what_the_manifest_states(int4: Exported) -> None:
+    stated = onnxruntime.SESSION
+    told = onnxruntime_worker._Session(int4.file, 2, False).session.get_session_options()
+    for key, value in stated["config_entries"].items():
+        assert told.get_session_config_entry(key) == value
+    assert told.graph_optimization_level.name == stated["graph_optimization_level"]
+    assert told.execution_mode.name == stated["execution_mode"]
+    assert (told.intra_op_num_threads, told.inter_op_num_threads) == (2, 1)
+    graph = onnx_file.load_model(int4.file, load_external_data=False).graph
+    levels = {a.i for node in graph.node for a in node.attribute if a.name == "accuracy_level"}
+    assert levels == {stated["accuracy_level"]["logits"]}
 
 
 def test_empty_requests_are_refused(int4: Exported, tmp_path: Path) -> None:

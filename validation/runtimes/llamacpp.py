@@ -6,7 +6,7 @@ Fills `validation.runtime.Runtime` for GGUF files. Everything happens in a child
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from . import llamacpp_memory
 
 PREDICTED = ("mapped", "repacked")
 UNKNOWN: tuple[str, ...] = ()
+SESSION: Mapping[str, Any] = {}
 _WORKER = "slimport.validation.runtimes.llamacpp_worker"
 
 version = ggml.version

@@ -8,7 +8,7 @@ language model from onnxruntime-genai, as in an app. Everything happens in a chi
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from importlib.metadata import version as distribution
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,20 @@ from ..worker import Progress
 
 PREDICTED = ("mapped", "repacked", "kv_cache", "compute")  # it states none of them
 UNKNOWN: tuple[str, ...] = ()
+# What the session of `logits` is told: what may change bits is not left to defaults.
+# genai's sessions are as genai_config.json says. Names are those of ONNX Runtime.
+SESSION: Mapping[str, Any] = {
+    "providers": ["CPUExecutionProvider"],
+    "graph_optimization_level": "ORT_ENABLE_ALL",
+    "execution_mode": "ORT_SEQUENTIAL",
+    "threads": {"intra_op": "the CPUs that the process may use", "inter_op": 1},
+    "accuracy_level": {"logits": 4, "exact_logits": 1},  # of MatMulNBits: as in the file; float32
+    "config_entries": {
+        "session.disable_prepacking": "0",
+        "mlas.disable_kleidiai": "0",
+        "mlas.use_lut_gemm": "0",
+    },
+}
 _WORKER = "slimport.validation.runtimes.onnxruntime_worker"
 
 

@@ -16,8 +16,9 @@ import onnx
 from onnx import TensorProto, helper
 
 from ...errors import ValidationFailed
+from .onnxruntime import SESSION
 
-LEVEL = 1  # accuracy_level of MatMulNBits: products in float32
+LEVEL: int = SESSION["accuracy_level"]["exact_logits"]
 _HALF, _FLOAT = TensorProto.FLOAT16, TensorProto.FLOAT
 _LARGEST = float(np.finfo(np.float16).max)
 _WIDE, PEAK = ".exact", ".peak"
@@ -46,7 +47,7 @@ def refuse_overflow(peaks: Mapping[str, float]) -> None:
     for name, peak in peaks.items():
         if peak > _LARGEST:
             raise ValidationFailed(
-                f"{name.partition(':')[0]} computes numbers that do not fit float16",
+                f"{name.removesuffix(PEAK).partition(':')[0]} computes numbers that do not fit float16",
                 f"they reach {peak:.6g} and float16 ends at {_LARGEST:.0f}: a GPU would make them"
                 " infinite, whatever the CPU shows",
                 "keep activations in float32: --container onnx",

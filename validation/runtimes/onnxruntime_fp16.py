@@ -8,6 +8,7 @@ from ..runtime import Ids
 from . import onnxruntime
 from .onnxruntime import (
     PREDICTED,
+    SESSION,
     accelerator,
     effort,
     generate,
@@ -22,6 +23,7 @@ from .onnxruntime import (
 
 __all__ = [
     "PREDICTED",
+    "SESSION",
     "UNKNOWN",
     "accelerator",
     "effort",

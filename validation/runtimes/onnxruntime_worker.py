@@ -22,20 +22,33 @@ from .. import worker
 from ..logits import writer
 from ..runtime import Speed
 from . import onnxruntime_exact, onnxruntime_memory
+from .onnxruntime import SESSION
 from .refusals import refusals
 from .rss import gained, rss
 
-PROVIDER = "CPUExecutionProvider"
+PROVIDERS: list[str] = SESSION["providers"]
 _ENTRY = "session."  # in genai_config.json, what it gives to ONNX Runtime as it is
 _FOLDER = "session.model_external_initializers_file_folder_path"
 _LOGITS = 2**24  # numbers of one run: 64 MiB
 ort.set_default_logger_severity(4)  # what fails is raised; the log repeats it in color
 
 
-def _open(file: Path, threads: int, exact: bool) -> ort.InferenceSession:
-    """The model in ONNX Runtime's own session, on its own provider."""
+def _options(threads: int) -> ort.SessionOptions:
+    """Those of SESSION."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
+    options.inter_op_num_threads = SESSION["threads"]["inter_op"]
+    level, mode = SESSION["graph_optimization_level"], SESSION["execution_mode"]
+    options.graph_optimization_level = getattr(ort.GraphOptimizationLevel, level)
+    options.execution_mode = getattr(ort.ExecutionMode, mode)
+    for key, value in SESSION["config_entries"].items():
+        options.add_session_config_entry(key, value)
+    return options
+
+
+def _open(file: Path, threads: int, exact: bool) -> ort.InferenceSession:
+    """The model in ONNX Runtime's own session, on its own provider."""
+    options = _options(threads)
     for key, value in _settings(file.parent)["decoder"]["session_options"].items():
         if key.startswith(_ENTRY):
             options.add_session_config_entry(key, value)
@@ -44,8 +57,8 @@ def _open(file: Path, threads: int, exact: bool) -> ort.InferenceSession:
         model = _exact(file)
         options.add_session_config_entry(_FOLDER, str(file.parent))
     with refusals(f"ONNX Runtime does not load {file.name}"):
-        session = ort.InferenceSession(model, options, providers=[PROVIDER])
-    if session.get_providers() != [PROVIDER]:
+        session = ort.InferenceSession(model, options, providers=PROVIDERS)
+    if session.get_providers() != PROVIDERS:
         raise ValidationFailed(
             f"ONNX Runtime runs {file.name} on other providers than it was told",
             f"it names {', '.join(session.get_providers())}",

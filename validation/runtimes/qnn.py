@@ -40,6 +40,7 @@ UNKNOWN = (
     "speed: the time of the NPU's emulator says nothing about a phone",
     "one context binary for both graphs, or for several chips: they cannot be loaded again here",
 )
+SESSION: Mapping[str, Any] = {}
 _WORKER = "slimport.validation.runtimes.qnn_worker"
 _GRAPHS = ("decode", "prefill")
 # The emulator's seconds for a million weights by the bits of a code, and for a million scores, of a
