@@ -163,7 +163,12 @@ def test_init_where_nothing_can_be_written(run: Run, tmp_path: Path) -> None:
 def test_targets_lists_every_profile(run: Run) -> None:
     found = run("targets", "--json").json["targets"]
     qnn = ["android-qnn", "android-qnn-v75", "android-qnn-v79", "android-qnn-v81"]
-    assert [target["name"] for target in found] == ["android", *qnn, "galaxy-s24"]
+    assert [target["name"] for target in found] == [
+        "android",
+        "android-onnx-gpu",
+        *qnn,
+        "galaxy-s24",
+    ]
     assert all(limit["source"] for target in found for limit in target["budgets"].values())
     assert "Samsung Galaxy S24" in run("targets").out
 

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from slimport import bundle, pipeline
 from slimport.errors import BadInput
+from slimport.export import onnx_fp16
 from slimport.export.onnx.reader import DATA
 from slimport.recipe import load
 from slimport.validation.runtimes import onnxruntime
@@ -165,6 +166,33 @@ def test_two_exports_have_the_same_bytes(
         name = path.relative_to(tmp_path / "pocket")
         if path.is_file() and name.name not in ("manifest.json", "README.md"):
             assert path.read_bytes() == (folder / name).read_bytes(), name
+
+
+def test_the_float16_bundle_has_the_same_codes_and_names_no_gpu(
+    exported: tuple[Path, Path], run: Run, tmp_path: Path
+) -> None:
+    recipe, folder = exported
+    words = ("export", "--config", recipe, "--container", "onnx-fp16", "-q", "--output", tmp_path)
+    words += ("--adapter", f"first={recipe.parent / 'first'}")
+    predicted = run(*words, "--dry-run", "--json").json["jobs"][0]["files"]
+    done = run(*words)
+    assert done.code == 0, done.err
+    made = tmp_path / "pocket"
+    assert predicted == {name: (made / name).stat().st_size for name in predicted}
+    manifest = json.loads((made / "manifest.json").read_text())
+    report = json.loads((made / "report" / "report.json").read_text())
+    base = json.loads((folder / "manifest.json").read_text())
+    assert manifest["weights_digest"] == base["weights_digest"]
+    assert manifest["container"] == "onnx-fp16" and manifest["profile"]["kv_cache"] == "f16"
+    assert report["errors"]["graph"]["kl_max"] < 1e-5  # an adapter's factors are rounded
+    assert report["footprint"]["memory"]["kv_cache"] == 2 * 2 * 2 * 16 * 64 * 2
+    assert any("no GPU executed" in words for words in manifest["not_executed"])
+    assert any("no GPU executed" in words for words in manifest["notes"])
+    assert "append_provider" in (made / "README.md").read_text()
+    assert run("verify", made).code == 0
+    place = made / "adapters" / "first.onnx_adapter"
+    with pytest.raises(BadInput, match="not an adapter of this base"):
+        onnx_fp16.refuse_foreign_adapter(folder / "adapters" / place.name, base["weights_digest"])
 
 
 @pytest.mark.parametrize(

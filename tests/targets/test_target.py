@@ -41,6 +41,12 @@ def test_an_npu_has_its_processor_and_all_of_the_model() -> None:
         assert Target.from_json(json.loads(json.dumps(target.to_json()))) == target
 
 
+def test_a_gpu_has_its_container_and_cache() -> None:
+    target = load_target("android-onnx-gpu")
+    assert (target.containers, target.kv_cache) == (("onnx-fp16",), "f16")
+    assert "GPU" in target.title
+
+
 def test_play_limits() -> None:
     limits = load_target("android").limits
     assert limits["store_module"].limit == 200_000_000
@@ -95,5 +101,5 @@ def test_a_circle_of_two(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["nokia", "absent.toml", "../targets/android", ""])
 def test_unknown_names_list_the_known(name: str) -> None:
-    with pytest.raises(UsageError, match=r"android, android-qnn, .*, galaxy-s24"):
+    with pytest.raises(UsageError, match=r"android, .*, android-qnn, .*, galaxy-s24"):
         load_target(name)

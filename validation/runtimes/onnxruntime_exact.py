@@ -44,10 +44,11 @@ def exact(file: Path) -> bytes:
 
 def refuse_overflow(peaks: Mapping[str, float]) -> None:
     """Raise ValidationFailed if one of {output: largest magnitude} is beyond float16."""
-    for name, peak in peaks.items():
+    for output, peak in peaks.items():
         if peak > _LARGEST:
+            operator = output.removesuffix(PEAK).partition(":")[0]
             raise ValidationFailed(
-                f"{name.removesuffix(PEAK).partition(':')[0]} computes numbers that do not fit float16",
+                f"{operator} computes numbers that do not fit float16",
                 f"they reach {peak:.6g} and float16 ends at {_LARGEST:.0f}: a GPU would make them"
                 " infinite, whatever the CPU shows",
                 "keep activations in float32: --container onnx",
