@@ -146,6 +146,8 @@ def test_a_whole_reward_model(make_model: Any, run: Run, tmp_path: Path) -> None
 
 REFUSED = {
     "gguf": (["--container", "gguf"], 5, "container gguf cannot hold a reward model"),
+    "ort": (["--container", "ort"], 5, "container ort cannot hold a reward model"),
+    "onnx-fp16": (["--container", "onnx-fp16"], 5, "onnx-fp16 cannot hold a reward model"),
     "qnn": (["--container", "qnn"], 5, "container qnn cannot hold a reward model"),
     "no calibration": (["--method", "gptq"], 2, "no text to calibrate on"),
     "separate": (["--adapter-mode", "separate"], 5, "replaces whole weights"),

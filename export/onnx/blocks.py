@@ -43,7 +43,8 @@ def linear(graph: Graph, x: ir.Value, matrix: Matrix, layout: Layout) -> ir.Valu
         (y,) = graph.op(
             "MatMulNBits",
             x,
-            *_quantized(graph, matrix, layout, layout.activations),
+            graph.stored(layout.by_name[f"{matrix.name}.codes"]),
+            *_scales(graph, matrix, layout, layout.activations),
             name=matrix.name,
             domain=CONTRIB,
             K=columns,
@@ -84,13 +85,12 @@ def lookup(graph: Graph, ids: ir.Value, matrix: Matrix, layout: Layout) -> ir.Va
         (found,) = graph.op("Gather", graph.stored(place), ids, name=f"{matrix.name}.rows", axis=0)
         return graph.cast(found, float_of(place), layout.stream, f"{matrix.name}.rows")
     block = block_of(matrix.grid, columns)
-    _, scale, *zero_point = _quantized(graph, matrix, layout, layout.stream)
     # The bytes of `linear`'s codes under another shape: onnxruntime would copy a reshaped tensor.
     codes = layout.by_name[f"{matrix.name}.codes"]
     flat = replace(codes, name=f"{codes.name}.rows", shape=(rows, codes.nbytes // rows))
     (found,) = graph.op(
         "GatherBlockQuantized",
-        *(graph.stored(flat), ids, scale, *zero_point),
+        *(graph.stored(flat), ids, *_scales(graph, matrix, layout, layout.stream)),
         name=f"{matrix.name}.rows",
         domain=CONTRIB,
         bits=matrix.grid.bits,
@@ -187,13 +187,10 @@ def float_of(tensor: Stored) -> Float:
     return FLOAT16 if tensor.dtype == FLOAT16 else FLOAT32
 
 
-def _quantized(graph: Graph, matrix: Matrix, layout: Layout, dtype: Float) -> list[ir.Value]:
-    """Codes, scales as `dtype`, and zero points where they are stored."""
+def _scales(graph: Graph, matrix: Matrix, layout: Layout, dtype: Float) -> list[ir.Value]:
+    """Scales as `dtype`, and zero points where they are stored."""
     assert matrix.grid is not None
-    values = [
-        graph.stored(layout.by_name[f"{matrix.name}.codes"]),
-        stored(graph, f"{matrix.name}.scale", layout, dtype),
-    ]
+    values = [stored(graph, f"{matrix.name}.scale", layout, dtype)]
     if has_zero_points(matrix.grid):
         values.append(graph.stored(layout.by_name[f"{matrix.name}.zero_point"]))
     return values

@@ -241,3 +241,14 @@ def test_more_than_two_gigabytes(make_model: Any, in_memory: Any, tmp_path: Path
     onnxruntime.logits(file, np.array([[599_999]], np.int32), tmp_path / "o.npy")
     logits = np.load(tmp_path / "o.npy")[0, 0]
     assert logits[-1] != 0 and not logits[:-1].any()  # the last row is the last row
+
+
+@pytest.mark.parametrize("reward", [True, False])
+def test_every_tensor_of_the_graph_is_used(
+    reward: bool, make_model: Any, in_memory: Any, tmp_path: Path
+) -> None:
+    """ONNX Runtime warns of others at every load."""
+    folder = make_model("qwen2", tie_word_embeddings=False, reward=reward)
+    model = onnx.load_model(export(in_memory(folder), folder, tmp_path), load_external_data=False)
+    used = {name for node in model.graph.node for name in node.input}
+    assert {tensor.name for tensor in model.graph.initializer} <= used
