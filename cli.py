@@ -214,7 +214,7 @@ def export(
 
     recipe = _recipe(**flags, targets=target)
     if dry_run:
-        predicted = forecast.forecast(recipe, offline=offline)
+        predicted = forecast.forecast(recipe, offline=offline, validate=not no_validate)
         _print_json(predicted.to_json()) if as_json else views.forecast(predicted)
         return
     with console.progress(quiet) as progress:

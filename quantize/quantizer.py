@@ -26,6 +26,7 @@ from ..errors import Unsupported, UsageError
 from . import blocks as ggml_blocks
 from . import loss, store
 from .blocks import BlockGrid, BlockTensor, Quantized
+from .floats import half
 from .grid import SCALE_CEILING, Float32, Grid, Int8
 from .imatrix import Imatrix
 from .loss import NOTHING, Loss
@@ -256,6 +257,8 @@ def _solve_rows(
     name = choice.weight.name
     values = weights.rows(name, start, stop)
     if choice.grid is None:
+        if choice.weight.is_matrix:  # rounded once, so that every container holds the same numbers
+            values = half(name, values).astype(np.float32)
         values = np.ascontiguousarray(values, "<f4")
         return _Block(name, values.size, values, values)
     return _quantized_block(name, values, _rounded(values, choice, importance))

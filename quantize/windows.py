@@ -98,7 +98,7 @@ def _document(path: Path, number: int, line: str, render: RenderChat | None) -> 
                 asked += f"\n{others['input']}" if others.get("input") else ""
                 return _chat([*said("user", asked), *said("assistant", answer)], render)
         why = "no text, messages, prompt with completion or chosen, instruction with output"
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         why = f"{type(error).__name__}: {error}"
     raise BadInput(f"{path}, line {number} is malformed", why, "correct or remove the line")
 

@@ -118,8 +118,15 @@ def write_readme(
     report: Mapping[str, Any] | None,
     files: Files,
     folder: Path,
+    chats: bool | None = None,
 ) -> None:
-    """README.md: how to load this bundle on the device, with code; `report` None: not judged."""
+    """README.md: how to load this bundle on the device, with code.
+
+    Args:
+        report: None: it was not judged.
+        chats: whether the pairs that a reward model was judged on are chats; None: there are none.
+    """
+    reward = source.decoder.reward
     separate = bool(files.adapters)
     minimum = container.minimum_runtime(source.decoder, plan, source.tokenizer, separate)
     settings = source.tokenizer.sampling
@@ -137,10 +144,50 @@ def write_readme(
         "stops": ", ".join(repr(stop) for stop in stops(source)),
         "bos": source.tokenizer.library.id_to_token(bos) if bos is not None else "",
         "notes": "".join(f"\n- {note}" for note in notes(container, source, plan)),
-        "kind": "reward" if source.decoder.reward else "language",
+        "kind": "reward" if reward else "language",
+        "and_judged": _NOT_JUDGED if report is None else _JUDGED,
+        "judged_rows": "" if report is None else _GOLDEN[reward] + _REPORT,
     }
+    if reward:
+        fields |= _written(source, bool(source.tokenizer.chat_template) if chats is None else chats)
     names = [path.relative_to(folder).as_posix() for path in files.adapters]
     (folder / "README.md").write_text(container.readme(fields, names), encoding="utf-8")
+
+
+_JUDGED = " and judged in the runtime itself before it was shipped"
+_NOT_JUDGED = " and not judged"
+_GOLDEN = {
+    False: "| `tokenizer/golden.json` | prompts, their token ids and the greedy tokens that follow:"
+    " run them on the device to prove it |\n",
+    True: "| `tokenizer/golden.json` | token ids and their scores: run them on the device to prove"
+    " it |\n",
+}
+_REPORT = (
+    "| `report/report.html` | all that was measured; `report/report.json` is the same for machines"
+    " |\n"
+)
+_CHAT_CODE = """\
+    chat = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+    text = tokenizer.apply_chat_template(json.dumps(chat), add_generation_prompt=False)
+"""
+
+
+def _written(source: Source, chats: bool) -> dict[str, str]:
+    """How the texts of a reward model are made, in words and in Python."""
+    if chats:
+        return {"written": "by the chat template", "text_code": _CHAT_CODE}
+    tokenizer = source.tokenizer
+    plain, whole = tokenizer.encode("a"), tokenizer.encode("a", add_special=True)
+    places = range(len(whole) - len(plain) + 1)
+    place = next(n for n in places if whole[n : n + len(plain)] == plain)
+    start, end = (
+        "".join(map(tokenizer.library.id_to_token, ids))
+        for ids in (whole[:place], whole[place + len(plain) :])
+    )
+    return {
+        "written": "as prompt and answer joined, with the special tokens that the tokenizer adds",
+        "text_code": f"    text = {start!r} + prompt + answer + {end!r}\n",
+    }
 
 
 def notes(container: Container, source: Source, plan: Plan) -> list[str]:

@@ -16,6 +16,7 @@ from ..quantize.plan import Choice, Plan, grid_summary
 from ..recipe import Recipe
 from .shipment import plan_jobs
 from .source import Source, open_source, plan_of
+from .texts import refuse_missing
 
 # Measured on two cores of a server CPU; a forecast, and said to be one.
 _RTN_SECONDS = 4e-9  # per weight: search, packing, read-back, digests
@@ -69,7 +70,7 @@ class Forecast:
         return {"schema": "slimport.forecast/1", **asdict(self)}
 
 
-def forecast(recipe: Recipe, *, offline: bool = False) -> Forecast:
+def forecast(recipe: Recipe, *, offline: bool = False, validate: bool = True) -> Forecast:
     """Predict an export; refuses what the export would refuse.
 
     Raises:
@@ -77,6 +78,7 @@ def forecast(recipe: Recipe, *, offline: bool = False) -> Forecast:
     """
     source = open_source(recipe, offline=offline)
     plan = plan_of(recipe, source)
+    refuse_missing(recipe, source, calibrate=plan.calibrated, validate=validate)
     if recipe.quantize.imatrix:
         imatrix.read(recipe.quantize.imatrix, source.decoder)
     jobs = [

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,26 +22,36 @@ def read_pairs(
     """At most `most` pairs of a JSONL file, evenly spread, in TRL's formats.
 
     A line has `chosen` and `rejected`, and maybe a `prompt` that both answer. Strings are joined as
-    they are, and tokenized with the special tokens that the tokenizer adds; where one of them is a
-    list of {role, content}, both are a chat and rendered by the model's template.
+    they are, and tokenized with the special tokens that the tokenizer adds; where prompt or answers
+    are lists of {role, content}, each text is a chat and rendered by the model's template.
 
     Args:
-        longest: tokens of a text; pairs with a longer one are left out.
+        longest: tokens of a text; pairs with a longer one are left out, and those of equal texts.
 
     Returns:
         The pairs, and how many the file has.
 
     Raises:
         UsageError: there is no such file.
-        BadInput: it is not JSONL of pairs, all are too long, or an id is outside the vocabulary.
+        BadInput: it is not JSONL of pairs, or of strings and chats; all are too long; or an id is
+            outside the vocabulary.
     """
     lines = [(n, line) for n, line in enumerate(read_utf8(path).split("\n"), 1) if line.strip()]
     every = [_pair(path, number, line, tokenizer) for number, line in lines]
-    fitting = [pair for pair in every if max(map(len, pair)) <= longest]
+    kinds = [chats for chats, _, _ in every]
+    if len(set(kinds)) > 1:
+        number = lines[kinds.index(not kinds[0])][0]
+        raise BadInput(
+            f"{path.name}, line {number} is another kind of pair than the lines before",
+            "some are strings and some are chats; a reward model was trained on one of them",
+            "give a file of either",
+        )
+    pairs = [(chosen, rejected) for _, chosen, rejected in every]
+    fitting = [pair for pair in pairs if max(map(len, pair)) <= longest and pair[0] != pair[1]]
     if not fitting:
         raise BadInput(
             f"{path.name} has no pair to judge a reward model on",
-            f"of {len(every)} pairs none has two texts of at most {longest} tokens",
+            f"of {len(every)} pairs none has two different texts of at most {longest} tokens",
             "give pairs that fit the context of model and target",
         )
     places = np.linspace(0, len(fitting) - 1, min(most, len(fitting))).astype(np.int64)
@@ -50,33 +59,42 @@ def read_pairs(
     for pair in kept:
         for text in pair:
             check_ids(np.array(text, np.int32), tokenizer, vocab_size)
-    return Pairs(tuple(one for one, _ in kept), tuple(other for _, other in kept)), len(every)
+    chosen, rejected = zip(*kept, strict=True)
+    return Pairs(chosen, rejected, chats=kinds[0]), len(every)
 
 
-def _pair(path: Path, number: int, line: str, tokenizer: Tokenizer) -> tuple[Ids, Ids]:
+def _pair(path: Path, number: int, line: str, tokenizer: Tokenizer) -> tuple[bool, Ids, Ids]:
+    """Whether it is chats, and both texts."""
     try:
         row = json.loads(line)
         if not isinstance(row, dict):
             raise TypeError("it is no object")
-        chosen, rejected = (_text(row, key, tokenizer) for key in ("chosen", "rejected"))
-    except (ValueError, TypeError, KeyError) as error:
+        answers = row["chosen"], row["rejected"]
+        kinds = {isinstance(answer, str) for answer in answers}
+        if len(kinds) > 1:
+            raise TypeError("chosen and rejected are a string and a chat")
+        chats = not (isinstance(row.get("prompt"), str | None) and kinds == {True})
+        write = _chat if chats else _string
+        chosen, rejected = (write(row.get("prompt"), answer, tokenizer) for answer in answers)
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         why = f"{type(error).__name__}: {error}"
         raise BadInput(f"{path.name}, line {number} is no pair", why, _FORMS) from error
     if not chosen or not rejected:
         raise BadInput(f"{path.name}, line {number} is no pair", "a text is empty", _FORMS)
-    return chosen, rejected
+    return chats, chosen, rejected
 
 
-def _text(row: Mapping[str, Any], key: str, tokenizer: Tokenizer) -> Ids:
-    """Prompt and answer as ids."""
-    prompt, answer = row.get("prompt"), row[key]
-    if isinstance(prompt, str | None) and isinstance(answer, str):
-        return tuple(tokenizer.encode((prompt or "") + answer, add_special=True))
+def _string(prompt: str | None, answer: str, tokenizer: Tokenizer) -> Ids:
+    return tuple(tokenizer.encode((prompt or "") + answer, add_special=True))
+
+
+def _chat(prompt: Any, answer: Any, tokenizer: Tokenizer) -> Ids:
     if not answer:
-        raise ValueError(f"{key} has no message")
+        raise ValueError("an answer has no message")
     chat = [*said("user", prompt or []), *said("assistant", answer)]
-    if not all(isinstance(message["content"], str) for message in chat):
-        raise TypeError("the content of a message is no text")
+    for message in chat:
+        if not isinstance(message["content"], str) or not isinstance(message["role"], str):
+            raise TypeError("the role or content of a message is no text")
     rendered = tokenizer.render_chat(chat, add_generation_prompt=False)
     if rendered is None:
         raise ValueError("its messages need a chat template, and the model has none")

@@ -176,8 +176,9 @@ def build(
         judgement, golden = judged(job, source, quantized, texts, files, work, progress)
         found = report_on(job, recipe, source, quantized, texts, files, judgement, quantized.errors)
         assembly.write_tokenizer_notes(source, golden, folder)
+        chats = texts.pairs["held_out"].chats if texts.pairs else None
         assembly.write_readme(
-            job.container, job.target, source, quantized.plan, found, files, folder
+            job.container, job.target, source, quantized.plan, found, files, folder, chats
         )
         report.write(folder / "report", found, report.measurements(judgement.measurements))
         bundle.write_manifest(folder, _manifest(job, recipe, source, quantized, texts, found))

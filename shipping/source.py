@@ -12,7 +12,7 @@ from ..adapters.adapter import Adapter
 from ..adapters.config import trains_reward
 from ..adapters.lora import read_adapter
 from ..adapters.merge import Merged, merged_config
-from ..architectures import DecoderConfig, check_weights, decoder_config, reward_config
+from ..architectures import SCORE, DecoderConfig, check_weights, decoder_config, reward_config
 from ..checkpoint import Checkpoint, Weights
 from ..errors import Unsupported, UsageError
 from ..quantize.plan import Plan, make_plan
@@ -67,6 +67,12 @@ def open_source(recipe: Recipe, *, offline: bool = False) -> Source:
         (entry, read_adapter(entry.path, entry.name, base, decoder)) for entry in recipe.adapters
     )
     weights: Weights = base
+    if decoder.reward and SCORE not in base.names() and recipe.adapter_mode == "separate":
+        raise Unsupported(
+            f"the adapter {adapters[0][0].name} cannot stay separate",
+            "it brings the score head, without which the base is no reward model",
+            "merge it: --adapter-mode merged",
+        )
     if recipe.adapter_mode == "merged" and adapters:
         entry, adapter = _only(adapters)
         weights = Merged(base, adapter, entry.scale)

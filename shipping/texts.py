@@ -73,6 +73,7 @@ def read_texts(
         UsageError: a prompt is longer than the context, or a text is missing that a reward model
             cannot write.
     """
+    refuse_missing(recipe, source, calibrate=calibrate, validate=validate)
     given = recipe.texts
     longest = source.decoder.context_length
     context = longest if context is None else context
@@ -112,6 +113,20 @@ def read_texts(
     return Texts(calibration, judged, origins, files, prompts, pairs)
 
 
+def refuse_missing(recipe: Recipe, source: Source, *, calibrate: bool, validate: bool) -> None:
+    """Raise UsageError if a text is not given that a reward model cannot write."""
+    if not source.decoder.reward:
+        return
+    if calibrate and recipe.texts.calibration is None and recipe.quantize.imatrix is None:
+        raise UsageError(
+            "there is no text to calibrate on",
+            "a reward model writes none of its own",
+            "give one: --calibration FILE; or take --method rtn, which needs none",
+        )
+    if validate:
+        _pair_files(recipe.texts)
+
+
 def _pair_files(given: GivenTexts) -> dict[str, Path]:
     if given.eval is None:
         raise UsageError(
@@ -128,12 +143,6 @@ def _read_or_sample(
 ) -> Windows:
     if path is not None:
         return _read(path, source, length, count)
-    if source.decoder.reward:
-        raise UsageError(
-            "there is no text to calibrate on",
-            "a reward model writes none of its own",
-            "give one: --calibration FILE; or take --method rtn, which needs none",
-        )
     ids = reference.sample(
         oracle(source),
         _start_of_text(source.tokenizer),

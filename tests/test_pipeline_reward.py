@@ -18,7 +18,10 @@ from transformers import AutoModelForSequenceClassification
 from slimport import pipeline
 from slimport.recipe import load
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # peft and transformers warn about new heads
+pytestmark = [
+    pytest.mark.filterwarnings("ignore"),  # peft and transformers warn about new heads
+    pytest.mark.usefixtures("at_hand"),
+]
 
 Run = Callable[..., Any]
 RECIPE = """\
@@ -100,6 +103,20 @@ def test_the_bundle_is_a_reward_model(exported: tuple[Path, Path]) -> None:
     assert "reward model" in readme and "createSession" in readme and "$" not in readme
 
 
+def test_the_readme_scores_what_was_judged(
+    exported: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its Python is run: strings here, with the BOS that the tokenizer adds."""
+    folder = exported[1]
+    monkeypatch.chdir(folder)
+    code = (folder / "README.md").read_text().partition("```python\n")[2].partition("```")[0]
+    names: dict[str, Any] = {}
+    exec(code, names)
+    golden = json.loads((folder / "tokenizer" / "golden.json").read_text())["texts"]
+    found = [names["score"]("Tell 0", answer) for answer in (" a story", " 0 lies")]
+    assert found == [text["score"] for text in golden[:2]]
+
+
 def test_verify_check_and_validate(exported: tuple[Path, Path], run: Run) -> None:
     path, folder = exported
     assert run("verify", folder).code == 0
@@ -150,7 +167,7 @@ REFUSED = {
     "onnx-fp16": (["--container", "onnx-fp16"], 5, "onnx-fp16 cannot hold a reward model"),
     "qnn": (["--container", "qnn"], 5, "container qnn cannot hold a reward model"),
     "no calibration": (["--method", "gptq"], 2, "no text to calibrate on"),
-    "separate": (["--adapter-mode", "separate"], 5, "replaces whole weights"),
+    "separate": (["--adapter-mode", "separate"], 5, "the adapter judge cannot stay separate"),
 }
 
 
@@ -181,8 +198,31 @@ def test_pairs_are_needed_to_judge(make_model: Any, run: Run, tmp_path: Path) ->
     path.write_text(path.read_text().replace('eval = "pairs.jsonl"', ""))
     done = run("export", "--config", path, "-q")
     assert done.code == 2 and "nothing to judge the reward model on" in done.err
+    assert run("export", "--config", path, "-q", "--dry-run").code == 2
+    assert run("export", "--config", path, "-q", "--dry-run", "--no-validate").code == 0
     done = run("export", "--config", path, "-q", "--no-validate")
     assert done.code == 0, done.err
+    readme = (tmp_path / "dist" / "pocket" / "README.md").read_text()
+    assert "and not judged" in readme and "golden" not in readme and "report.html" not in readme
+
+
+def test_a_matrix_in_float16_is_the_same_everywhere(
+    exported: tuple[Path, Path], run: Run, tmp_path: Path
+) -> None:
+    """Merged weights are float32: they are rounded once, before oracle and file part."""
+    grid = "model.layers.0.*=float16"
+    done = run("export", "--config", exported[0], "-q", "-o", tmp_path / "out", "--grid", grid)
+    assert done.code == 0, done.err
+    report = json.loads((tmp_path / "out" / "pocket" / "report" / "report.json").read_text())
+    assert report["errors"]["graph"]["score_max"] < 1e-5
+
+
+def test_quantize_refuses_what_export_refuses(
+    exported: tuple[Path, Path], run: Run, tmp_path: Path
+) -> None:
+    flags = ("--adapter-mode", "separate", "-o", tmp_path / "out")
+    done = run("quantize", "--config", exported[0], "-q", *flags)
+    assert done.code == 5 and "cannot stay separate" in done.err
 
 
 def test_classifiers_of_several_labels_are_refused(

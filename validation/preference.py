@@ -20,10 +20,14 @@ Ids = tuple[int, ...]
 
 @dataclass(frozen=True, slots=True)
 class Pairs:
-    """Token ids of whole texts, prompt and answer: pair i is chosen[i] and rejected[i]."""
+    """Token ids of whole texts, prompt and answer: pair i is chosen[i] and rejected[i].
+
+    `chats`: whether they were written by the chat template.
+    """
 
     chosen: tuple[Ids, ...]
     rejected: tuple[Ids, ...]
+    chats: bool = False
 
     @property
     def texts(self) -> list[Ids]:
@@ -48,7 +52,8 @@ class Agreement:
         score_error: score_rmse over the standard deviation of the reference's scores.
         margin_rmse: of the differences of margins.
         pair_agreement: share of pairs that both put in the same order.
-        pair_agreement_error: its standard error.
+        pair_agreement_error: its standard error with two successes and two failures added (Agresti
+            and Coull), which is not zero where all pairs agree.
         accuracy_reference, accuracy: share of pairs with the chosen answer ahead.
         pairs: how many were compared.
         margins: of the reference and of the artifact, by pair.
@@ -104,7 +109,7 @@ def compare(reference: Sequence[float], artifact: Sequence[float]) -> Agreement:
         score_error=_rms(differences) / spread,
         margin_rmse=_rms(margins[1] - margins[0]),
         pair_agreement=agreement,
-        pair_agreement_error=math.sqrt(agreement * (1 - agreement) / count),
+        pair_agreement_error=_standard_error(agreement, count),
         accuracy_reference=float((margins[0] > 0).mean()),
         accuracy=float((margins[1] > 0).mean()),
         pairs=count,
@@ -123,6 +128,11 @@ def _scores(values: Sequence[float], whose: str) -> Float64:
             "use a finer grid, or keep the layer that overflows in float16",
         )
     return scores
+
+
+def _standard_error(share: float, count: int) -> float:
+    share, count = (share * count + 2) / (count + 4), count + 4
+    return math.sqrt(share * (1 - share) / count)
 
 
 def _rms(values: Float64) -> float:

@@ -19,11 +19,11 @@ from ...architectures import DecoderConfig, Kind, Weight
 from ...errors import Unsupported
 from ...quantize.blocks import BlockTensor, Quantized
 from ...quantize.compiled import compiled
+from ...quantize.floats import exact_half, half
 from ...quantize.ggml import BLOCKS, Type
 from ...quantize.grid import Float32, Int8
 from ...quantize.packing import join_pairs_of_bits
 from ...quantize.tensor import QuantizedTensor
-from ..floats import exact_half, half
 from .writer import TensorInfo
 
 UInt8 = npt.NDArray[np.uint8]

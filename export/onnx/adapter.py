@@ -19,9 +19,9 @@ import onnxruntime as ort
 from ...adapters.adapter import Adapter
 from ...architectures import DecoderConfig, Weight, weights
 from ...errors import BadInput, Unsupported, ValidationFailed
+from ...quantize.floats import half
 from ..container import foreign_adapter
 from ..file import sync_folder
-from ..floats import half
 from .layout import FLOAT16, FLOAT32, Float
 
 SUFFIX = ".onnx_adapter"

@@ -165,15 +165,23 @@ def halves(graph: Graph, x: ir.Value, name: str) -> tuple[ir.Value, ...]:
 
 
 def last_place(graph: Graph, ids: ir.Value, mask: ir.Value, pad: int | None, name: str) -> ir.Value:
-    """int64 (batch, 1): where each row has its last token that is neither masked nor `pad`."""
+    """int64 (batch, 1): where each row has its last token that is neither masked nor `pad`.
+
+    The first place of a row without such a token, as in transformers.
+    """
     if pad is not None:
         (padding,) = graph.op("Equal", ids, graph.integers(pad), name=f"{name}.padding")
         (kept,) = graph.op("Not", padding, name=f"{name}.kept")
         (kept,) = graph.op("Cast", kept, name=f"{name}.kept.int64", to=int(ir.DataType.INT64))
         (mask,) = graph.op("Mul", mask, kept, name=f"{name}.mask")
+    (length,) = graph.op("Shape", ids, name=f"{name}.shape", start=1, end=2)
+    (length,) = graph.op("Squeeze", length, name=f"{name}.length")
+    step, zero = (graph.constant(np.array(n, np.int64), f"int64[]:{n}") for n in (1, 0))
+    (places,) = graph.op("Range", zero, length, step, name=f"{name}.places")
+    (places,) = graph.op("Mul", places, mask, name=f"{name}.masked")
     # of int32: onnxruntime has no ArgMax of int64
-    (mask,) = graph.op("Cast", mask, name=f"{name}.int32", to=int(ir.DataType.INT32))
-    return graph.op("ArgMax", mask, name=name, axis=1, keepdims=1, select_last_index=1)[0]
+    (places,) = graph.op("Cast", places, name=f"{name}.int32", to=int(ir.DataType.INT32))
+    return graph.op("ArgMax", places, name=name, axis=1, keepdims=1)[0]
 
 
 def stored(graph: Graph, name: str, layout: Layout, dtype: Float) -> ir.Value:

@@ -11,10 +11,10 @@ import numpy.typing as npt
 from ...architectures import DecoderConfig, Rope
 from ...architectures.rotation import angles, rotation_scale
 from ...quantize import packing
+from ...quantize.floats import exact_half, half
 from ...quantize.grid import Float32, Grid, Int8
 from ...quantize.store import QuantizedCheckpoint
 from ...quantize.tensor import QuantizedTensor
-from ..floats import exact_half, half
 from .layout import FLOAT16, FLOAT32, Float, Stored, block_of, blocks_of, ropes, zero_point
 
 UInt8 = npt.NDArray[np.uint8]

@@ -99,11 +99,11 @@ class File:
 
     def tensor(self, name: str) -> npt.NDArray[Any]:
         """A stored tensor, by the name of a value: itself, or what is cast of it."""
-        while name not in self._stored:
-            maker = self.maker(name)
-            if maker is None or maker.op_type != "Cast":
-                raise _broken(f"{name} is not made of a stored tensor")
-            name = maker.input[0]
+        maker = self.maker(name)
+        if name not in self._stored and maker is not None and maker.op_type == "Cast":
+            name = input_of(maker, 0)
+        if name not in self._stored:
+            raise _broken(f"{name} is not made of a stored tensor")
         return self._stored[name]
 
     def input_dtype(self, name: str) -> np.dtype[Any]:
@@ -129,7 +129,7 @@ class File:
             return None
         at = 0 if node.op_type in _LOOKUPS else 1
         if node.op_type in _FLOAT:
-            return Operand(self.tensor(node.input[at]))
+            return Operand(self.tensor(input_of(node, at)))
         if node.op_type not in _QUANTIZED:
             raise _broken(f"{name} is {node.op_type}, which holds no matrix")
         inputs = [*node.input, "", "", "", ""]
@@ -163,7 +163,14 @@ class File:
         inputs = self.node(name).input
         if self.nodes[name].op_type == "MatMulNBits" and len(inputs) > _BIAS:
             return self.tensor(inputs[_BIAS])
-        return self.tensor(self.node(f"{name}.bias").input[1])
+        return self.tensor(input_of(self.node(f"{name}.bias"), 1))
+
+
+def input_of(node: onnx.NodeProto, place: int) -> str:
+    """The name of an input; BadInput where the node has none there."""
+    if place >= len(node.input):
+        raise _broken(f"{node.name} has {len(node.input)} inputs")
+    return str(node.input[place])
 
 
 def open_file(folder: Path) -> File:
@@ -292,15 +299,15 @@ def _vector(file: File, weight: Weight, config: DecoderConfig) -> Float32:
     module = weight.name.rpartition(".")[0]
     if weight.is_norm:
         node = file.node(module)
-        name = node.input[2 if node.op_type == _ADD_AND_NORM else 1]
+        name = input_of(node, 2 if node.op_type == _ADD_AND_NORM else 1)
         if config.family.norm_offset:  # onnxruntime adds it when it loads the model
             raised = file.maker(name)
             if raised is None or raised.op_type != "Add":
                 raise _broken(f"{module} has no offset")
-            name = raised.input[0]
+            name = input_of(raised, 0)
         found = file.tensor(name)
     elif weight.kind is Kind.SCORE:
-        found = file.tensor(file.node(module).input[1])
+        found = file.tensor(input_of(file.node(module), 1))
     elif module in file.nodes:
         found = file.bias(module)
     else:
@@ -331,6 +338,8 @@ def _dequantizable(operand: Operand, weight: Weight, grid: Grid) -> QuantizedTen
     if operand.zero_point is None:
         stored -= np.uint8(1 << (bits - 1))  # wraps round, as the difference of two uint8 does
     else:
+        if operand.zero_point.shape != (rows, -(-blocks * bits // 8)):
+            raise _broken(f"{weight.name} has zero points {operand.zero_point.shape}")
         zero = _numbers(operand.zero_point, bits)[:, :blocks]
         stored.reshape(rows, blocks, operand.block)[...] -= zero[:, :, None]
     codes = np.ascontiguousarray(stored.view(np.int8)[:, :columns])

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -25,8 +25,10 @@ from ..onnx.reader import File
 from .tools import generated
 
 MODEL = "model.ort"
+_Read = TypeVar("_Read")
 _MOST, _FEW = 100_000, 64  # nodes or tensors of a graph; inputs, attributes or sizes of one
 _LONGEST = 4096  # bytes of a name
+_DECODED = 1 << 24  # of all nodes; offsets may lead to the same bytes again and again
 _INTEGER = 2  # of a flatbuffer's AttributeType
 _I = 12  # of Attribute's vtable: where `i` lies
 _RAW_DATA = 12  # of Tensor's
@@ -48,15 +50,11 @@ def open_file(folder: Path) -> File:
         data = _mapped(folder / MODEL)
         model = _root(data).Model()
         graph = model.Graph()
-        nodes = [_node(each) for each in _each(graph, "Nodes", _MOST)]
-        tensors = {
-            _text(each.Name()): _view(each, data) for each in _each(graph, "Initializers", _MOST)
-        }
-        if len(tensors) != graph.InitializersLength():
-            raise ValueError("tensors share a name")
+        nodes = _named(graph, "Nodes", _node)
+        tensors = _named(graph, "Initializers", lambda each: _view(each, data))
         stored = {name: view for name, view in tensors.items() if view is not None}
         said = {_text(each.Key()): _text(each.Value()) for each in _each(model, "MetadataProps")}
-        return File(nodes, stored, said)
+        return File(list(nodes.values()), stored, said)
 
 
 def at_accuracy_level(path: Path, level: int) -> bytes:
@@ -117,6 +115,19 @@ def _each(table: Any, field: str, most: int = _FEW) -> Iterator[Any]:
     if count > most:
         raise ValueError(f"it has {count} {field}")
     return (getattr(table, field)(index) for index in range(count))
+
+
+def _named(graph: Any, field: str, read: Callable[[Any], _Read]) -> dict[str, _Read]:
+    """What `read` makes of nodes or tensors, by their names."""
+    found: dict[str, _Read] = {}
+    decoded = 0
+    for each in _each(graph, field, _MOST):
+        name, value = _text(each.Name()), read(each)
+        decoded += len(name) + (value.ByteSize() if isinstance(value, onnx.NodeProto) else 0)
+        if name in found or decoded > _DECODED:
+            raise ValueError(f"{name} stands twice, or its {field} have over {_DECODED} bytes")
+        found[name] = value
+    return found
 
 
 def _text(name: bytes) -> str:

@@ -61,7 +61,10 @@ def test_weights_come_back(finished):
         name = choice.weight.name
         loaded = model.load(name)
         if choice.grid is None:
-            assert loaded.dtype == np.float32 and np.array_equal(loaded, base.rows(name))
+            expected = base.rows(name)
+            if choice.weight.is_matrix:  # rounded once, as every container holds it
+                expected = expected.astype(np.float16).astype(np.float32)
+            assert loaded.dtype == np.float32 and np.array_equal(loaded, expected)
             continue
         expected = rtn.solve(base.rows(name), choice.grid)
         assert loaded.grid is choice.grid

@@ -76,10 +76,16 @@ WRONG = {
     "text": ("yes", "no object"),
     "no rejected": ({"chosen": "yes"}, "rejected"),
     "number": ({"chosen": 1, "rejected": "no"}, "Error"),
-    "no content": ({"chosen": [{"role": "user"}], "rejected": "no"}, "content"),
-    "content of parts": ({"chosen": [{"role": "user", "content": [1]}], "rejected": "no"}, "text"),
+    "no content": ({"chosen": [{"role": "user"}], "rejected": said("no")}, "content"),
+    "content of parts": (
+        {"chosen": [{"role": "user", "content": [1]}], "rejected": said("no")},
+        "text",
+    ),
     "prompt": ({"prompt": 3, "chosen": "yes", "rejected": "no"}, "Error"),
-    "empty": ({"chosen": [], "rejected": "no"}, "no message"),
+    "a string and a chat": ({"chosen": said("yes"), "rejected": "no"}, "a string and a chat"),
+    "no role": ({"chosen": [{"content": "yes"}], "rejected": said("no")}, "role"),
+    "role null": ({"chosen": [{"role": None, "content": "y"}], "rejected": said("no")}, "role"),
+    "empty": ({"chosen": [], "rejected": said("no")}, "no message"),
 }
 
 
@@ -107,3 +113,24 @@ def test_ids_beyond_the_vocabulary_are_refused(tokenizer: Tokenizer, tmp_path: P
     path = write(tmp_path, {"chosen": "yes", "rejected": "no"})
     with pytest.raises(BadInput, match="outside the model's vocabulary"):
         read_pairs(path, tokenizer, 200, 200, vocab_size=10)
+
+
+def test_strings_and_chats_in_one_file_are_refused(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    rows = [{"chosen": "yes", "rejected": "no"}, CHATS["messages"]]
+    with pytest.raises(BadInput, match="line 2 is another kind of pair"):
+        read(write(tmp_path, *rows), tokenizer)
+
+
+def test_equal_texts_are_no_pair(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    same = {"chosen": "yes", "rejected": "yes"}
+    pairs, count = read(write(tmp_path, same, {"chosen": "yes", "rejected": "no"}), tokenizer)
+    assert (len(pairs.chosen), count, pairs.chats) == (1, 2, False)
+    with pytest.raises(BadInput, match="no pair to judge"):
+        read(write(tmp_path, same), tokenizer)
+
+
+def test_nesting_without_end_is_malformed(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    path = tmp_path / "deep.jsonl"
+    path.write_text("[" * 100_000 + "]" * 100_000)
+    with pytest.raises(BadInput, match="line 1 is no pair"):
+        read(path, tokenizer)

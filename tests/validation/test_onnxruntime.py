@@ -195,6 +195,20 @@ def test_damaged_files_are_refused(int4: Exported, tmp_path: Path) -> None:
         run(tmp_path / "copy" / "model.onnx", tmp_path / "o.npy", windows())
 
 
+def test_nf4_is_mapped_and_made_float32_for_a_product(make_model: Any, tmp_path: Path) -> None:
+    folder = make_model("llama", intermediate_size=128)
+    made = export(folder, tmp_path, **{"*.layers.*": "nf4-g64"})
+    memory = onnxruntime.measure(made.file, 64, (16,)).memory
+    layers = sum(
+        np.prod(choice.weight.shape)
+        for choice in made.quantized.plan.quantized
+        if choice.weight.is_linear
+    )
+    stored = layers // 2 + layers // 64 * 4  # codes, and a float32 scale for each group
+    assert memory.mapped > stored > memory.repacked  # which is of the head alone
+    assert memory.compute > 4 * 64 * 128
+
+
 def test_another_provider_is_a_failure(int4: Exported, monkeypatch: pytest.MonkeyPatch) -> None:
     session = onnxruntime_worker.ort.InferenceSession
     monkeypatch.setattr(session, "get_providers", lambda self: ["OtherProvider", "CPU"])

@@ -21,7 +21,7 @@ def test_figures_are_those_of_the_definition() -> None:
     spread = math.sqrt(sum((score - mean) ** 2 for score in REFERENCE) / 8)
     assert found.score_error == pytest.approx(found.score_rmse / spread)
     assert (found.pair_agreement, found.pairs) == (0.75, 4)
-    assert found.pair_agreement_error == pytest.approx(math.sqrt(0.75 * 0.25 / 4))
+    assert found.pair_agreement_error == pytest.approx(math.sqrt(5 / 8 * 3 / 8 / 8))
     assert (found.accuracy_reference, found.accuracy) == (0.75, 0.5)
     assert found.margins == ((2.0, 2.5), (-2.0, -2.0), (6.0, 7.0), (0.5, -0.5))
 

@@ -14,6 +14,8 @@ from ..runtime import Memory
 
 _FLOAT = 4
 _LOOKUPS = ("Gather", "GatherBlockQuantized")
+# The last one is not packed: its weight is made float32 for each product, and freed again.
+_PRODUCTS = ("MatMulNBits", "FusedMatMul", "MatMulBnb4")
 # Beside the codes, packed for the CPU, a block has its scale and the sum of its codes (mlas,
 # SQNBitGemm). The scale is there once more, in the mapped file if it stands there as float32.
 _BLOCK = 2 * _FLOAT
@@ -28,21 +30,25 @@ def memory(file: File, folder: Path, context: int, adapter: Path | None) -> Memo
         file: the model in `folder`.
     """
     settings = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))
-    multiplied = {
+    products = {
         name: operand
         for name, node in file.nodes.items()
-        if node.op_type in ("MatMulNBits", "FusedMatMul") and (operand := file.operand(name))
+        if node.op_type in _PRODUCTS and (operand := file.operand(name))
     }
+    mapped = [operand for operand in products.values() if operand.codebook]
+    multiplied = {name: op for name, op in products.items() if not op.codebook}
     return Memory(
         mapped=sum(
             operand.codes.nbytes
             for name, node in file.nodes.items()
             if node.op_type in _LOOKUPS and (operand := file.operand(name))
         )
-        + sum(_mapped_scale(operand) for operand in multiplied.values()),
+        + sum(_mapped_scale(operand) for operand in multiplied.values())
+        + sum(operand.codes.nbytes + _mapped_scale(operand) for operand in mapped),
         repacked=sum(_packed_bytes(operand) for operand in multiplied.values()),
         kv_cache=_cache_bytes(file, settings, context),
-        compute=_compute_bytes(settings, multiplied, context),
+        compute=_compute_bytes(settings, products, context)
+        + max((_FLOAT * 2 * operand.codes.size for operand in mapped), default=0),
         adapter=adapter.stat().st_size if adapter else 0,
     )
 
@@ -72,7 +78,7 @@ def _cache_bytes(file: File, settings: dict[str, Any], context: int) -> int:
     return int(2 * decoder["num_hidden_layers"] * width * context)
 
 
-def _compute_bytes(settings: dict[str, Any], multiplied: dict[str, Operand], context: int) -> int:
+def _compute_bytes(settings: dict[str, Any], products: dict[str, Operand], context: int) -> int:
     """Activations of one run of prompt tokens: those of the stage that needs most.
 
     A stage has the residual stream twice, what it reads and what it makes; attention has its
@@ -82,7 +88,7 @@ def _compute_bytes(settings: dict[str, Any], multiplied: dict[str, Operand], con
     tokens = context if reward else min(settings["search"]["chunk_size"], context)
     hidden = decoder["hidden_size"]
     vocabulary = 0 if reward else settings["model"]["vocab_size"]
-    inner = max(len(op.codes) for name, op in multiplied.items() if ".mlp." in name)
+    inner = max(len(op.codes) for name, op in products.items() if ".mlp." in name)
     heads = decoder["num_attention_heads"]
     rows = (heads + 2 * decoder["num_key_value_heads"]) * decoder["head_size"]
     stages = {

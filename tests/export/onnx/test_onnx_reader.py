@@ -108,7 +108,20 @@ def _resized(model: onnx.ModelProto) -> None:
     entry.dims[0] = 2**40
 
 
+def _in_a_circle(model: onnx.ModelProto) -> None:
+    cast = node(model, "model.layers.0.mlp.up_proj.scale.float32")
+    cast.input[0] = cast.output[0]
+
+
+def _without_inputs(name: str) -> Change:
+    return lambda model: node(model, name).ClearField("input")
+
+
 CHANGES: dict[str, Change] = {
+    "a circle of casts": _in_a_circle,
+    "a cast of nothing": _without_inputs("model.layers.0.mlp.up_proj.scale.float32"),
+    "a lookup of nothing": _without_inputs("model.embed_tokens.rows"),
+    "a norm of nothing": _without_inputs("model.norm"),
     "another block": lambda m: _attribute(m, "model.layers.0.mlp.up_proj", "block_size", 64),
     "other bits": lambda m: _attribute(m, "model.layers.0.mlp.up_proj", "bits", 8),
     "no block": lambda m: _attribute(m, "model.layers.0.mlp.up_proj", "block_size", 0),
@@ -128,6 +141,27 @@ def test_a_graph_that_does_something_else_is_refused(
 ) -> None:
     model, folder = written
     changed(folder, tmp_path, change)
+    with pytest.raises(BadInput, match=r"model\.onnx"):
+        dict(container.read_back(tmp_path, model.decoder, model.grids))
+
+
+def test_zero_points_of_another_shape_are_refused(
+    tiny_llama: Path, in_memory: Any, tmp_path: Path
+) -> None:
+    """A row of them would be taken for all rows."""
+    model = in_memory(tiny_llama, patterns={"*.layers.*": "int2-g64"})
+    written = tmp_path / "written"
+    written.mkdir()
+    container.write(model, Tokenizer.open(tiny_llama), written, Deployment(64))
+
+    def one_row(graph: onnx.ModelProto) -> None:
+        name = "model.layers.0.mlp.up_proj.zero_point"
+        tensor = next(t for t in graph.graph.initializer if t.name == name)
+        tensor.dims[0] = 1
+        length = next(entry for entry in tensor.external_data if entry.key == "length")
+        length.value = str(tensor.dims[1])
+
+    changed(written, tmp_path, one_row)
     with pytest.raises(BadInput, match=r"model\.onnx"):
         dict(container.read_back(tmp_path, model.decoder, model.grids))
 

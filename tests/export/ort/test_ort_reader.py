@@ -134,6 +134,23 @@ def test_a_graph_that_does_something_else_is_refused(
         dict(container.read_back(tmp_path, model.decoder, model.grids))
 
 
+def test_names_that_stand_for_many_bytes_are_refused(
+    written: tuple[Any, Path], tmp_path: Path
+) -> None:
+    """A name lies in the file once, however many inputs have it."""
+
+    def swollen(graph: flatbuffer.Values) -> None:
+        for number in range(200):
+            inputs = [b"x" * 4000] * 60
+            graph["nodes"].append({**graph["nodes"][0], "name": b"%d" % number, "inputs": inputs})
+
+    model, folder = written
+    changed(folder, tmp_path, swollen)
+    with pytest.raises(BadInput) as failure:
+        dict(container.read_back(tmp_path, model.decoder, model.grids))
+    assert "Nodes have over" in failure.value.why
+
+
 def test_a_missing_empty_cut_or_foreign_file_is_refused(
     written: tuple[Any, Path], tmp_path: Path
 ) -> None:

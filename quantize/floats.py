@@ -1,4 +1,4 @@
-"""Numbers that a container stores as float16: exact scales, and weights rounded to it."""
+"""Numbers in float16: exact scales, and weights that are rounded to it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import Unsupported
-from ..quantize.grid import Float32
+from .grid import Float32
 
 Half = npt.NDArray[np.float16]
 _LARGEST = 65504
