@@ -282,7 +282,7 @@ ADAPTERS: dict[str, tuple[Lora, int, str]] = {
     ),
     "NaN": (lambda c, t: t.update({name: value * np.nan for name, value in t.items()}), 7, "NaN"),
     "another kind": (lambda c, t: c.update(peft_type="IA3"), 5, "IA3"),
-    "a reward model": (lambda c, t: c.update(task_type="SEQ_CLS"), 5, "SEQ_CLS"),
+    "a reward model": (lambda c, t: c.update(task_type="SEQ_CLS"), 7, "score.weight"),
     "not an adapter": (lambda c, t: c.pop("peft_type"), 7, "peft_type"),
     "moves the base": (lambda c, t: c.update(init_lora_weights="pissa"), 5, "pissa"),
 }

@@ -36,7 +36,10 @@ def test_every_metric_is_measured() -> None:
     }
     npu = {"npu_nodes": 1.0, "npu_weight_bytes": 0.5}
     assert measured({**REPORT, "accelerator": npu}) == measured(REPORT) | npu
-    assert measured(REPORT).keys() | npu.keys() == METRICS.keys()
+    reward = {"score_error": 0.1, "pair_agreement": 0.96}
+    scored = {**REPORT, "accuracy": {}, "preference": {"held_out": reward}}
+    assert reward.items() <= measured(scored).items()
+    assert measured(REPORT).keys() | npu.keys() | reward.keys() == METRICS.keys()
 
 
 def test_what_the_cpu_would_run_is_a_failure() -> None:
@@ -80,8 +83,9 @@ def test_limits_hold_up_to_the_value_itself(metric: str, limit: float, ok: bool)
 
 @pytest.mark.parametrize("metric", METRICS)
 def test_a_missing_metric_is_never_ok(metric: str) -> None:
+    kind = {"kind": "reward"} if METRICS[metric].of == "reward" else {}
     for report in ({}, {"footprint": None, "accuracy": []}, {"footprint": {"memory": {}}}):
-        (budget,) = check(report, {metric: Limit(1e12, "x")})
+        (budget,) = check({**report, **kind}, {metric: Limit(1e12, "x")})
         assert not budget.ok and budget.value is None
         assert budget.message == f"{metric} is not in the report"
 
