@@ -63,7 +63,8 @@ def export_folder() -> Callable[..., Exported]:
 def exported(make_model: Any, tmp_path_factory: Any) -> Callable[..., Exported]:
     """exported(family, preset, pre, **config) -> Exported.
 
-    Preset "float" stores weights as float32, rounded to float16; `pre` overrides the pre-tokenizer in the file.
+    Preset "float" stores weights as float32, rounded to float16; `pre` overrides the pre-tokenizer
+    in the file.
     """
     made: dict[str, Exported] = {}
 
