@@ -154,7 +154,7 @@ def write_readme(
     (folder / "README.md").write_text(container.readme(fields, names), encoding="utf-8")
 
 
-_JUDGED = " and judged in the runtime itself before it was shipped"
+_JUDGED = " and judged before it was shipped"
 _NOT_JUDGED = " and not judged"
 _GOLDEN = {
     False: "| `tokenizer/golden.json` | prompts, their token ids and the greedy tokens that follow:"
