@@ -220,14 +220,16 @@ def _beside(destination: Path) -> Iterator[Path]:
 def work_folder(output: Path) -> Iterator[Path]:
     """Room on the disk of `output` for what lies between two stages; gone at the end.
 
-    What a killed run left behind is removed first: its lock went with its process.
+    What a killed run left behind is removed first: its lock went with its process. An `output`
+    that was not there and stays empty goes too.
 
     Raises:
         EnvironmentFailed: disk full, read-only, out of reach.
     """
     output = output.absolute()
     with _explained(output / "work"), ExitStack() as stack:
-        output.mkdir(parents=True, exist_ok=True)
+        if not output.exists():
+            stack.callback(_remove_empty, output)
         for stale in output.glob(f"{_WORK}*"):
             # FileNotFoundError: its run ended just now and took the folder along.
             with suppress(FileNotFoundError), _open_lock(stale / "lock") as lock:
@@ -240,15 +242,21 @@ def work_folder(output: Path) -> Iterator[Path]:
 
 def _settle(output: Path, stack: ExitStack) -> Path | None:
     """A new locked folder in `output`, both until `stack` ends; None if another run swept it."""
-    work = Path(tempfile.mkdtemp(prefix=_WORK, dir=output))
+    output.mkdir(parents=True, exist_ok=True)
     try:
+        work = Path(tempfile.mkdtemp(prefix=_WORK, dir=output))
         lock = stack.enter_context(_open_lock(work / "lock"))
-    except FileNotFoundError:  # swept before it was locked
+    except FileNotFoundError:  # swept before it was locked, or its folder was empty and went
         return None
     if lock is None or not (work / "lock").exists():  # being swept, or swept while it was locked
         return None
     stack.callback(shutil.rmtree, work, ignore_errors=True)
     return work
+
+
+def _remove_empty(folder: Path) -> None:
+    with suppress(OSError):  # it holds something, or is gone
+        folder.rmdir()
 
 
 def recover(destination: Path) -> None:

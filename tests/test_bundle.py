@@ -398,3 +398,19 @@ def test_a_work_folder_that_another_run_swept_is_made_again(
         assert (work / "lock").exists()
     assert len(taken) == 1
     assert [path.name for path in tmp_path.iterdir()] == ["gone"]
+
+
+def test_an_output_folder_that_stays_empty_is_gone(tmp_path: Path) -> None:
+    output = tmp_path / "new" / "dist"
+    with pytest.raises(ZeroDivisionError), bundle.work_folder(output) as work:
+        assert work.parent == output
+        raise ZeroDivisionError
+    assert not output.exists()
+    with bundle.work_folder(output):
+        (output / "kept").mkdir()
+    assert [path.name for path in output.iterdir()] == ["kept"]
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with bundle.work_folder(empty):
+        pass
+    assert empty.is_dir()  # it was there before
