@@ -34,11 +34,16 @@ def geometry_of(config: DecoderConfig, slots: int) -> Geometry:
 
 
 def turns(config: DecoderConfig, slots: int) -> tuple[tuple[Float32, Float32], ...]:
-    """Cosines and sines (slots, head_dim) of each rope, the first half of the sines negated."""
+    """Cosines and sines (slots, head_dim) of each rope, the first half of the sines negated.
+
+    Columns that a rope does not turn are 1 and 0.
+    """
     found = []
     for rope in ropes(config):
         cos, sin = rope_tables(rope, config.head_dim, slots)
-        found.append((np.concatenate([cos, cos], 1), np.concatenate([-sin, sin], 1)))
+        kept = np.ones((slots, config.head_dim - rope.rotated(config.head_dim)), np.float32)
+        halves = [cos, cos, kept], [-sin, sin, 0 * kept]
+        found.append((np.concatenate(halves[0], 1), np.concatenate(halves[1], 1)))
     return tuple(found)
 
 

@@ -14,8 +14,11 @@ and says in `mask` which of them count: all runs share one cache, whatever their
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import accumulate
 from typing import NamedTuple
+
+import numpy as np
 
 from ...architectures import DecoderConfig, Kind, Rope
 from ...quantize.grid import Float32
@@ -115,13 +118,27 @@ class _Decoder:
     def matrix(self, x: Tensor, kind: Kind, layer: int) -> Tensor:
         return self.linear(x, self.placed.matrices[layer, kind])
 
+    def split(
+        self, x: Tensor, layer: int, fused: Kind, kinds: Sequence[Kind], sizes: Sequence[int]
+    ) -> list[Tensor]:
+        """What matrices of `sizes` outputs make of x, or one matrix that holds all their rows."""
+        if not self.config.family.fused:
+            return [self.matrix(x, kind, layer) for kind in kinds]
+        made, ends = self.matrix(x, fused, layer), list(accumulate(sizes))
+        return [
+            self.static.part(f"{made.name}.{kind.name.lower()}", made, end - size, end)
+            for kind, size, end in zip(kinds, sizes, ends, strict=True)
+        ]
+
     def attention(self, x: Tensor, layer: int) -> Tensor:
         config, static = self.config, self.static
         name = f"model.layers.{layer}.self_attn"
         heads, kv_heads, dim = config.heads, config.kv_heads, config.head_dim
-        query = self.heads(self.matrix(x, Kind.Q, layer), heads, layer, Kind.Q_NORM)
-        key = self.heads(self.matrix(x, Kind.K, layer), kv_heads, layer, Kind.K_NORM)
-        value = self.heads(self.matrix(x, Kind.V, layer), kv_heads, layer, None)
+        sizes = [count * dim for count in (heads, kv_heads, kv_heads)]
+        query, key, value = self.split(x, layer, Kind.QKV, (Kind.Q, Kind.K, Kind.V), sizes)
+        query = self.heads(query, heads, layer, Kind.Q_NORM)
+        key = self.heads(key, kv_heads, layer, Kind.K_NORM)
+        value = self.heads(value, kv_heads, layer, None)
         query = static.scaled(f"{name}.query.scaled", query, config.attention_scale)
         rows = heads // kv_heads * self.tokens
         query = static.reshape(f"{name}.query.grouped", query, 1, kv_heads, rows, dim)
@@ -160,20 +177,33 @@ class _Decoder:
         x = self.static.reshape(f"{name}.split", x, 1, self.tokens, count, dim)
         x = self.static.transpose(f"{name}.heads", x, 0, 2, 1, 3)
         rope = self.config.attention(layer).rope
-        return self.rotated(f"{name}.rotated", x, rope) if norm and rope else x
+        return self.rotated(f"{name}.rotated", x, rope) if norm else x
 
-    def rotated(self, name: str, x: Tensor, rope: Rope) -> Tensor:
-        """x * cos + (second half, first half) * sin."""
-        static, middle, end = self.static, x.shape[-1] // 2, x.shape[-1]
-        cos, sin = self.turns[rope]
-        first = static.part(f"{name}.first", x, 0, middle)
-        second = static.part(f"{name}.second", x, middle, end)
-        swapped = static.joined(f"{name}.swapped", [second, first], 3)
+    def rotated(self, name: str, x: Tensor, rope: Rope | None) -> Tensor:
+        """x * cos + (second half, first half, what stays) * sin.
+
+        Without a rope by no angle: the compiler leaves the transposes of keys that nothing was
+        computed of to the CPU.
+        """
+        static, dim = self.static, self.config.head_dim
+        if rope is None:
+            cos = static.constant("cos", np.ones(dim, np.float32))
+            sin = static.constant("sin", np.zeros(dim, np.float32))
+        else:
+            cos, sin = self.turns[rope]
+        end = rope.rotated(dim) if rope else dim
         parts = [
+            static.part(f"{name}.second", x, end // 2, end),
+            static.part(f"{name}.first", x, 0, end // 2),
+        ]
+        if end < dim:
+            parts.append(static.part(f"{name}.rest", x, end, dim))
+        swapped = static.joined(f"{name}.swapped", parts, 3)
+        products = [
             static.op("Mul", f"{name}.cos", [x, cos], x.shape),
             static.op("Mul", f"{name}.sin", [swapped, sin], x.shape),
         ]
-        return static.op("Add", name, parts, x.shape)
+        return static.op("Add", name, products, x.shape)
 
     def capped(self, name: str, x: Tensor, cap: float | None) -> Tensor:
         """cap * tanh(x / cap)."""
@@ -185,7 +215,8 @@ class _Decoder:
 
     def feed_forward(self, x: Tensor, layer: int) -> Tensor:
         static, name = self.static, f"model.layers.{layer}.mlp"
-        gate, up = (self.matrix(x, kind, layer) for kind in (Kind.GATE, Kind.UP))
+        sizes = [self.config.intermediate_size] * 2
+        gate, up = self.split(x, layer, Kind.GATE_UP, (Kind.GATE, Kind.UP), sizes)
         if self.config.family.activation == "silu":
             sigmoid = static.op("Sigmoid", f"{name}.sigmoid", [gate], gate.shape)
             gate = static.op("Mul", f"{name}.act", [gate, sigmoid], gate.shape)

@@ -16,11 +16,6 @@ from ...quantize.plan import Choice, Plan
 from ..onnx.layout import INT4, Layout, Matrix, Stored
 
 GRIDS = ("int8-row", "int4-g32", "int4-g32-signed")
-# Whole decoders that a test runs on the emulator of the NPU beside transformers.
-FAMILIES = (
-    *("llama", "mistral", "qwen2", "qwen3"),
-    *("gemma", "gemma2", "gemma3_text", "olmo2", "granite"),
-)
 _BIAS = 64  # numbers in the narrowest bias
 CHUNK = 64  # prompt tokens of one run
 
@@ -29,9 +24,8 @@ def layout(config: DecoderConfig, plan: Plan) -> Layout:
     """Every matrix that is multiplied, in the order of the forward pass, and its tensors.
 
     Raises:
-        Unsupported: a family, a rope or a grid that the NPU was not shown to compute.
+        Unsupported: a grid or a bias that the NPU does not hold.
     """
-    refuse_decoder(config)
     named = {choice.weight.name: choice for choice in plan.choices}
     for choice in plan.choices:
         if choice.weight.is_matrix:
@@ -60,24 +54,6 @@ def shortest_window(config: DecoderConfig) -> int:
     """The longest text that no window of the decoder cuts."""
     windows = (config.attention(layer).window for layer in range(config.layers))
     return min([config.context_length, *(window for window in windows if window is not None)])
-
-
-def refuse_decoder(config: DecoderConfig) -> None:
-    """Raise Unsupported for a decoder that was not run on the emulator."""
-    family = config.family.model_type
-    if family not in FAMILIES:
-        raise Unsupported(
-            f"the NPU was not shown to compute the family {family}",
-            f"whole decoders of {', '.join(FAMILIES)} were compared with transformers on its"
-            " emulator; some operators are silently wrong there",
-            "write GGUF: --container gguf --target android",
-        )
-    if config.rope.rotated(config.head_dim) != config.head_dim:
-        raise Unsupported(
-            "heads that are rotated in part are not held for the NPU",
-            f"{config.rope.rotated(config.head_dim)} of {config.head_dim} numbers turn",
-            "write GGUF: --container gguf --target android",
-        )
 
 
 def _refuse_grid(choice: Choice) -> None:

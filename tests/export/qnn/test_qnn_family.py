@@ -8,13 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from slimport.export.qnn import layout
+from slimport.architectures import FAMILIES
 from slimport.validation import divergence
 from slimport.validation.runtimes import qnn as runtime
 
 pytest.importorskip("onnxruntime_qnn")  # an extra, which `make setup` installs
 
 WINDOW = {"sliding_window": 96}  # where the files' context ends
+PARTIAL = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.75}
 slow = pytest.mark.slow
 CASES = [
     ("llama", {"head_dim": 32, "attention_bias": True, "mlp_bias": True}),
@@ -22,6 +23,8 @@ CASES = [
     ("qwen3", {}),
     ("gemma2", WINDOW),
     ("granite", {}),
+    ("phi3", {"head_dim": 32, "rope_parameters": PARTIAL}),
+    ("smollm3", {}),
     pytest.param("olmo2", {}, marks=slow),
     pytest.param("llama", {"tie_word_embeddings": False, "rope_parameters": "llama3"}, marks=slow),
     pytest.param("mistral", WINDOW, marks=slow),
@@ -58,12 +61,12 @@ def test_the_npu_computes_the_logits_of_transformers(
     # 80 tokens: a chunk, a chunk that is filled up, and single tokens at the end.
     ids = windows(model.decoder.vocab_size, 1, 2, 80).ids
     found = diverges(file, model, source, ids, tmp_path, oracle)
-    assert found.kl_mean < 2e-4 and found.kl_max < 2e-2 and found.top1 > 0.97, found
+    assert found.kl_mean < 2e-4 and found.kl_max < 2e-3 and found.top1 > 0.97, found
 
 
 def test_every_family_that_is_not_refused_is_run() -> None:
     run = {getattr(case, "values", case)[0] for case in CASES}
-    assert run == set(layout.FAMILIES)
+    assert run == set(FAMILIES)
 
 
 def test_four_bits_of_either_sign(
@@ -75,4 +78,4 @@ def test_four_bits_of_either_sign(
     file = export(model, source, tmp_path / "files", hexagon=81)
     ids = windows(model.decoder.vocab_size, 1, 2, 80).ids
     found = diverges(file, model, source, ids, tmp_path, oracle)
-    assert found.kl_mean < 2e-4 and found.kl_max < 2e-2 and found.top1 > 0.97, found
+    assert found.kl_mean < 2e-4 and found.kl_max < 2e-3 and found.top1 > 0.97, found
