@@ -15,9 +15,10 @@ import onnx
 import onnxruntime as ort
 from onnx import helper
 
+from .. import flatbuffer
+from ..flatbuffer import Blob
 from ..onnx.layout import ALIGNMENT
-from . import flatbuffer
-from .flatbuffer import Blob
+from .schema import SCHEMA
 from .tools import format_tools, generated
 
 # As ONNX Runtime does by itself for model.onnx, less what depends on the CPU that converts.
@@ -54,12 +55,12 @@ def convert(content: bytes, blobs: Mapping[int, Blob]) -> Converted:
         path = Path(folder) / "model.ort"
         _save(model, path)
         saved = path.read_bytes()
-    session = flatbuffer.decode(saved)
+    session = flatbuffer.decode(SCHEMA, saved)
     graph = session["model"]["graph"]
     names = {tensor.name.encode() for tensor in weights}
     graph["inputs"] = [name for name in graph["inputs"] if name not in names]
     graph["initializers"] += [_stored(tensor, blobs) for tensor in weights]
-    return Converted(flatbuffer.encode(session, ALIGNMENT), _operators(saved))
+    return Converted(flatbuffer.encode(SCHEMA, session, ALIGNMENT), _operators(saved))
 
 
 def _save(model: onnx.ModelProto, path: Path) -> None:

@@ -18,9 +18,9 @@ import numpy.typing as npt
 from ...architectures import Kind
 from ...errors import Unsupported
 from ...quantize.store import QuantizedCheckpoint
+from ..flatbuffer import Blob
 from ..onnx import packing
 from ..onnx.layout import ALIGNMENT, Layout, Stored
-from .flatbuffer import Blob
 
 _LENGTH = np.dtype("<u4")  # before the content of each tensor
 _LARGEST = 2**31 - 1  # a flatbuffer

@@ -12,11 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slimport.errors import BadInput, ValidationFailed
+from slimport.export import flatbuffer
 from slimport.export import ort as container
 from slimport.export.container import Deployment
 from slimport.export.onnx.layout import ALIGNMENT
-from slimport.export.ort import flatbuffer
 from slimport.export.ort.reader import MODEL, at_accuracy_level, open_file
+from slimport.export.ort.schema import SCHEMA
 from slimport.tokenizer.tokenizer import Tokenizer
 
 Change = Callable[[flatbuffer.Values], None]
@@ -41,7 +42,7 @@ def damaged(folder: Path, target: Path, values: Any, byte: int, mask: int) -> No
 def changed(folder: Path, target: Path, change: Change) -> None:
     """A copy with other tables, and the tensors where they were."""
     content = (folder / MODEL).read_bytes()
-    session = flatbuffer.decode(content)
+    session = flatbuffer.decode(SCHEMA, content)
     graph = session["model"]["graph"]
     weights = [tensor for tensor in graph["initializers"] if len(tensor["raw_data"]) > 64]
     places = [content.index(tensor["raw_data"]) for tensor in weights]
@@ -49,7 +50,7 @@ def changed(folder: Path, target: Path, change: Change) -> None:
     for tensor, place in zip(weights, places, strict=True):
         tensor["raw_data"] = flatbuffer.Blob(place - start, len(tensor["raw_data"]))
     change(graph)
-    (target / MODEL).write_bytes(flatbuffer.encode(session, ALIGNMENT) + content[start:])
+    (target / MODEL).write_bytes(flatbuffer.encode(SCHEMA, session, ALIGNMENT) + content[start:])
 
 
 def operand(folder: Path, name: str) -> Any:
@@ -169,7 +170,7 @@ def test_the_accuracy_level_is_changed_and_nothing_else(written: tuple[Any, Path
     before = (folder / MODEL).read_bytes()
     after = at_accuracy_level(folder / MODEL, 1)
     assert (folder / MODEL).read_bytes() == before and len(after) == len(before)
-    old, new = flatbuffer.decode(before), flatbuffer.decode(after)
+    old, new = flatbuffer.decode(SCHEMA, before), flatbuffer.decode(SCHEMA, after)
     products = [n for n in new["model"]["graph"]["nodes"] if n["op_type"] == b"MatMulNBits"]
     levels = [_named(node["attributes"], b"accuracy_level") for node in products]
     assert levels and {level["i"] for level in levels} == {1}
