@@ -74,6 +74,12 @@ class DecoderConfig:
     reward: bool = False
     pad_id: int | None = None
 
+    @property
+    def ropes(self) -> tuple[Rope, ...]:
+        """The different ropes of the layers, in their order."""
+        found = (self.attention(layer).rope for layer in range(self.layers))
+        return tuple(dict.fromkeys(rope for rope in found if rope is not None))
+
     def attention(self, layer: int) -> LayerAttention:
         """What the attention of a layer looks at."""
         windowed = self.windowed[layer]

@@ -22,6 +22,13 @@ def angles(rope: Rope, head_dim: int, length: int) -> Float32:
     return positions[:, None] * frequencies(rope, rope.rotated(head_dim))
 
 
+def turns(rope: Rope, head_dim: int, length: int) -> tuple[Float32, Float32]:
+    """Scaled cosines and sines of the positions below `length`: (length, rotated / 2) each."""
+    turned = angles(rope, head_dim, length).astype(np.float64)
+    scale = np.float32(rotation_scale(rope))
+    return np.cos(turned).astype(np.float32) * scale, np.sin(turned).astype(np.float32) * scale
+
+
 def rotation_scale(rope: Rope) -> float:
     """What cosines and sines are multiplied by; yarn's by Peng et al. 2023 (arXiv:2309.00071)."""
     yarn = rope.kind == "yarn" and rope.factor > 1

@@ -62,7 +62,7 @@ class Blob:
 
 
 def decode(schema: Schema, content: bytes) -> Values:
-    """Every field of a file that another program wrote; without unions.
+    """Every field of a file that another program wrote.
 
     Raises:
         ValueError: a field that the schema does not name, so that none is ever dropped.
@@ -101,22 +101,38 @@ class _Reader:
         vtable = table.Pos - table.Get(number_types.SOffsetTFlags, table.Pos)
         size = table.Get(number_types.VOffsetTFlags, vtable)
         values: Values = {}
+        slots, unions = self.schema.tables[name], self.schema.unions
+        types = {slot - 1 for slot, (_, kind) in slots.items() if kind in unions}
         for slot in range((size - _offset(0)) // 2):
             offset = table.Offset(_offset(slot))
-            if not offset:
+            if not offset or slot in types:
                 continue
-            if slot not in self.schema.tables[name]:
+            if slot not in slots:
                 raise ValueError(f"{name} has a field {slot} that is not known")
-            field, kind = self.schema.tables[name][slot]
-            values[field] = self._field(table, offset, kind)
+            field, kind = slots[slot]
+            if kind in unions:
+                values[field] = self._member(table, slot, kind)
+            else:
+                values[field] = self._field(table, offset, kind)
         return values
+
+    def _member(self, table: Table, slot: int, kind: str) -> tuple[str, Values]:
+        """Of a union: its name, and its table."""
+        members = list(self.schema.unions[kind].items())
+        place = table.Offset(_offset(slot - 1))
+        number = table.Get(_SCALARS["uint8"], table.Pos + place) if place else 0
+        if not 0 < number <= len(members) or members[number - 1][1] not in self.schema.tables:
+            raise ValueError(f"{kind} has a member {number} that is not known")
+        member, name = members[number - 1]
+        where = table.Indirect(table.Pos + table.Offset(_offset(slot)))
+        return member, self.table(Table(table.Bytes, where), name)
 
     def _field(self, table: Table, offset: int, kind: str) -> Any:
         place = table.Pos + offset
         if kind in _SCALARS:
             return table.Get(_SCALARS[kind], place)
         if kind == "string":
-            return table.String(place)
+            return table.String(place).decode()
         if kind in self.schema.tables:
             return self.table(Table(table.Bytes, table.Indirect(place)), kind)
         start, count = table.Vector(offset), table.VectorLen(offset)
@@ -132,7 +148,7 @@ class _Reader:
             return [bytes(table.Bytes[each : each + size]) for each in places]
         places = range(start, start + 4 * count, 4)
         if element == "string":
-            return [table.String(each) for each in places]
+            return [table.String(each).decode() for each in places]
         return [self.table(Table(table.Bytes, table.Indirect(each)), element) for each in places]
 
 

@@ -23,7 +23,7 @@ LLAMA3, QWEN2, MINICPM5 = (
     _CONTRACTION + r"[^\r\n\p{L}\p{N}]?\p{L}+|" + digits + _SYMBOLS + SPACES
     for digits in (THREE_DIGITS, DIGIT, r"\p{N}+")
 )
-_JAIS2 = LLAMA3.replace(
+JAIS2 = LLAMA3.replace(
     r"\s+(?!\S)|\s+",
     "".join(rf"\s{{{2**power}}}(?!\S)|" for power in range(9, 1, -1)) + r"\s{1,2}(?!\S)|\s{1}",
 )
@@ -31,12 +31,12 @@ QWEN35 = (
     _CONTRACTION + r"[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*" + SPACES
 )
 SEED_CODER = _CONTRACTION + r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1}| ?[^\s\p{L}\p{N}\r\n]+" + SPACES
-_EXAONE_MOE = (
+EXAONE_MOE = (
     _CONTRACTION
     + r"[^\r\n\p{L}\p{N}]?(?:\p{L}\p{M}*(?: \p{L}\p{M}*)*)+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]?"
     + r"|\s*[\r\n]|\s+(?!\S)|\s+"
 )
-_DEEPSEEK_V3 = (
+DEEPSEEK_V3 = (
     THREE_DIGITS,
     "[一-龥\u3040-ゟ\u30a0-ヿ]+",
     r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"""
@@ -50,7 +50,7 @@ _SAME = {
     + r"| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+": regex
     for digits, regex in ((THREE_DIGITS, LLAMA3), (DIGIT, QWEN2))
 }
-_WHOLE = (GPT2, LLAMA3, QWEN2)  # these leave no character unmatched
+WHOLE = (GPT2, LLAMA3, QWEN2)  # these leave no character unmatched
 # (regexes applied in turn, ignore_merges) -> tokenizer.ggml.pre with the same behaviour
 _NAMES = {
     ((GPT2,), False): "gpt-2",  # mpt, olmo, jais, trillion, exaone4, granite-docling
@@ -58,13 +58,13 @@ _NAMES = {
     ((LLAMA3,), True): "llama-bpe",  # falcon3, pixtral, lfm2
     ((LLAMA3,), False): "smaug-bpe",  # dbrx (OLMo 2, Phi-4), glm4, chatglm-bpe
     ((QWEN2,), False): "qwen2",  # stablelm2, hunyuan, megrez, grok-2, bailingmoe
-    (_DEEPSEEK_V3, False): "deepseek-v3",  # hunyuan-dense, joyai-llm
+    (DEEPSEEK_V3, False): "deepseek-v3",  # hunyuan-dense, joyai-llm
     ((_BLOOM,), False): "bloom",  # poro-chat, gpt3-finnish
     ((_BLOOM, DIGIT), False): "viking",
     ((SEED_CODER,), False): "seed-coder",
-    ((_JAIS2,), False): "jais-2",
+    ((JAIS2,), False): "jais-2",
     ((QWEN35,), False): "qwen35",
-    ((_EXAONE_MOE,), False): "exaone-moe",
+    ((EXAONE_MOE,), False): "exaone-moe",
     ((THREE_DIGITS, MINICPM5), True): "minicpm5",
 }
 
@@ -150,6 +150,6 @@ def _regex(step: Mapping[str, Any]) -> str:
             regex = _SAME.get(plain, plain)
             if (how, invert) == ("Isolated", False):
                 return regex
-            if (how, invert) == ("Removed", True) and regex in _WHOLE:
+            if (how, invert) == ("Removed", True) and regex in WHOLE:
                 return regex
     raise differs(f"it splits text with {dict(step)}")

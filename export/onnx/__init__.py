@@ -20,6 +20,7 @@ from ...quantize.store import QuantizedCheckpoint
 from ...tokenizer.tokenizer import Tokenizer
 from ..container import Deployment, Minimum, ReadBack
 from ..file import write_aligned, write_bytes
+from ..layout import ALIGNMENT
 from . import compare, device, genai, layout, packing, reader
 from . import tokenizer as tokenizer_files
 from .adapter import (
@@ -32,7 +33,7 @@ from .adapter import (
 from .decoder import decoder_graph, reward_graph
 from .device import readme
 from .graph import DATA
-from .layout import FLOAT16, FLOAT32, Float
+from .layout import FLOAT16, FLOAT32, Float, GraphLayout
 from .notes import notes
 
 __all__ = [
@@ -85,7 +86,7 @@ def refuse(
     """Raise Unsupported if the graph, ONNX Runtime or genai cannot hold this exactly."""
     layout.layout(config, plan, Deployment(1), activations)
     tokenizer_files.refuse(tokenizer, config.vocab_size)
-    for rope in layout.ropes(config):
+    for rope in config.ropes:
         if rope.rotated(config.head_dim) % _HEAD_STEP:
             raise Unsupported(
                 f"ONNX Runtime cannot rotate {rope.rotated(config.head_dim)} numbers of a head",
@@ -137,7 +138,7 @@ def write(
     beside = genai.files(config, tokenizer, deployment)
     for name, content in {FILE: graph, **beside}.items():
         write_bytes(folder / name, content)
-    write_aligned(folder / DATA, b"", _data(model, placed), layout.ALIGNMENT)
+    write_aligned(folder / DATA, b"", _data(model, placed), ALIGNMENT)
     return [folder / name for name in (FILE, DATA, *beside)]
 
 
@@ -161,7 +162,11 @@ def minimum_runtime(
 
 
 def _graph(
-    config: DecoderConfig, placed: layout.Layout, deployment: Deployment, name: str, digest: str
+    config: DecoderConfig,
+    placed: GraphLayout,
+    deployment: Deployment,
+    name: str,
+    digest: str,
 ) -> bytes:
     if config.reward:
         graph = reward_graph(config, placed)
@@ -171,7 +176,7 @@ def _graph(
 
 
 def _data(
-    model: QuantizedCheckpoint, placed: layout.Layout
+    model: QuantizedCheckpoint, placed: GraphLayout
 ) -> Iterator[tuple[str, int, Iterable[npt.NDArray[Any]]]]:
     """Name, bytes and content of every tensor."""
     for tensor in placed.tensors:

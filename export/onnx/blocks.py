@@ -10,15 +10,16 @@ from dataclasses import replace
 import numpy as np
 import onnx_ir as ir
 
+from ..layout import Matrix, Stored
 from .graph import CONTRIB, Graph
-from .layout import FLOAT16, FLOAT32, Float, Layout, Matrix, Stored, block_of, has_zero_points
+from .layout import FLOAT16, FLOAT32, Float, GraphLayout, block_of, has_zero_points
 
 # 4: onnxruntime multiplies int8 activations, as fast as a phone can; 1: float32, exact.
 SHIPPED_LEVEL = 4
 _NF4 = 1
 
 
-def linear(graph: Graph, x: ir.Value, matrix: Matrix, layout: Layout) -> ir.Value:
+def linear(graph: Graph, x: ir.Value, matrix: Matrix, layout: GraphLayout) -> ir.Value:
     """x @ weight.T + bias, (..., rows); all of the layout's activations type."""
     rows, columns = matrix.shape
     if matrix.grid is None:
@@ -77,7 +78,7 @@ def low_rank(
     return add(graph, y, update, f"{matrix.name}.adapted")
 
 
-def lookup(graph: Graph, ids: ir.Value, matrix: Matrix, layout: Layout) -> ir.Value:
+def lookup(graph: Graph, ids: ir.Value, matrix: Matrix, layout: GraphLayout) -> ir.Value:
     """Rows of a table as they enter the stream, (..., columns): `linear`'s stored tensors."""
     rows, columns = matrix.shape
     if matrix.grid is None:
@@ -184,7 +185,7 @@ def last_place(graph: Graph, ids: ir.Value, mask: ir.Value, pad: int | None, nam
     return graph.op("ArgMax", places, name=name, axis=1, keepdims=1)[0]
 
 
-def stored(graph: Graph, name: str, layout: Layout, dtype: Float) -> ir.Value:
+def stored(graph: Graph, name: str, layout: GraphLayout, dtype: Float) -> ir.Value:
     """A stored tensor as `dtype`: onnxruntime folds the cast when it loads the model."""
     place = layout.by_name[name]
     return graph.cast(graph.stored(place), float_of(place), dtype, name)
@@ -195,7 +196,7 @@ def float_of(tensor: Stored) -> Float:
     return FLOAT16 if tensor.dtype == FLOAT16 else FLOAT32
 
 
-def _scales(graph: Graph, matrix: Matrix, layout: Layout, dtype: Float) -> list[ir.Value]:
+def _scales(graph: Graph, matrix: Matrix, layout: GraphLayout, dtype: Float) -> list[ir.Value]:
     """Scales as `dtype`, and zero points where they are stored."""
     assert matrix.grid is not None
     values = [stored(graph, f"{matrix.name}.scale", layout, dtype)]

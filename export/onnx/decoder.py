@@ -17,7 +17,7 @@ from ..container import Deployment
 from . import blocks
 from .adapter import adapter_inputs
 from .graph import CONTRIB, TYPES, Graph, Shape
-from .layout import Layout, ropes
+from .layout import GraphLayout
 
 INT64, INT32 = ir.DataType.INT64, ir.DataType.INT32
 PAST, PRESENT = "past_key_values.{}.{}", "present.{}.{}"
@@ -33,7 +33,7 @@ Cache = tuple[ir.Value | None, ir.Value | None]
 
 
 def decoder_graph(
-    config: DecoderConfig, layout: Layout, deployment: Deployment, digest: str
+    config: DecoderConfig, layout: GraphLayout, deployment: Deployment, digest: str
 ) -> Graph:
     """The language model that `config` describes, over the tensors of `layout`.
 
@@ -58,7 +58,7 @@ def decoder_graph(
     return graph
 
 
-def reward_graph(config: DecoderConfig, layout: Layout) -> Graph:
+def reward_graph(config: DecoderConfig, layout: GraphLayout) -> Graph:
     """The reward model that `config` describes: one score for each text of a batch.
 
     A text is a row of ids, filled up at its end where the mask is 0. It is scored where
@@ -135,14 +135,14 @@ class _Decoder:
         self,
         graph: Graph,
         config: DecoderConfig,
-        layout: Layout,
+        layout: GraphLayout,
         adapted: _Adapted,
         positions: _Positions,
     ) -> None:
         self.graph, self.config, self.layout = graph, config, layout
         self.adapted, self.positions = adapted, positions
         self.present: list[tuple[str, ir.Value]] = []
-        self.ropes = ropes(config)
+        self.ropes = config.ropes
         self.norms = dict(config.family.norms)
 
     def hidden(self, ids: ir.Value, caches: Sequence[Cache]) -> ir.Value:

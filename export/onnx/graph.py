@@ -9,7 +9,8 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from .layout import FLOAT16, FLOAT32, INT4, Float, Stored
+from ..layout import INT4, Stored
+from .layout import FLOAT16, FLOAT32, Float
 
 CONTRIB = "com.microsoft"  # onnxruntime's own operators, ContribOperators.md
 OPSET, CONTRIB_OPSET, IR_VERSION = 21, 1, 10

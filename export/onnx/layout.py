@@ -11,22 +11,18 @@ bits, and a float32 scale for each group, both without regard to rows.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Literal
 
 import numpy as np
 
-from ...architectures import DecoderConfig, Kind, Rope
+from ...architectures import DecoderConfig, Kind
 from ...errors import Unsupported
 from ...quantize.grid import Grid
 from ...quantize.plan import Choice, Plan
 from ..container import Deployment
+from ..layout import Layout, Matrix, Stored
 
-ALIGNMENT = 64
-INT4 = "int4"
 Float = Literal["<f4", "<f2"]
 FLOAT32: Float = "<f4"
 FLOAT16: Float = "<f2"
@@ -35,76 +31,13 @@ GRIDS = ("int4-g32", "int4-g32-signed", "int8-row", "int8-g32", "int2-g64", "int
 _QKV = (Kind.Q, Kind.K, Kind.V)
 _BLOCKS = (16, 32, 64, 128, 256)
 
-Part = Literal["codes", "scale", "zero_point", "values"]
 
-
-@dataclass(frozen=True, slots=True)
-class Stored:
-    """A tensor in the data file.
+class GraphLayout(Layout):
+    """A layout, and what the graph over it computes in.
 
     Attributes:
-        dtype: as numpy writes it, such as "<f2", or INT4, two numbers to a byte.
-        choices: the weights it is made of, one after the other along their rows; none for a table
-            of the rope.
-        part: what of these weights it holds.
-        offset: of its first byte in the file.
-    """
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    choices: tuple[Choice, ...]
-    part: Part
-    offset: int = 0
-
-    @property
-    def nbytes(self) -> int:
-        bits = 4 if self.dtype == INT4 else 8 * np.dtype(self.dtype).itemsize
-        return -(-math.prod(self.shape) * bits // 8)
-
-
-@dataclass(frozen=True, slots=True)
-class Matrix:
-    """One matrix product of the graph: a weight, or several that read the same input.
-
-    Attributes:
-        name: of its tensors, such as `model.layers.0.self_attn.qkv_proj`.
-        choices: the weights, one after the other along their rows; all have the same grid.
-        bias: their biases in the same order; empty where they have none.
-    """
-
-    name: str
-    choices: tuple[Choice, ...]
-    bias: tuple[Choice, ...] = ()
-
-    @property
-    def kind(self) -> Kind:
-        return Kind.QKV if len(self.choices) > 1 else self.choices[0].weight.kind
-
-    @property
-    def layer(self) -> int | None:
-        return self.choices[0].weight.layer
-
-    @property
-    def grid(self) -> Grid | None:
-        grid = self.choices[0].grid
-        assert grid is None or isinstance(grid, Grid), "layout refuses ggml's blocks"
-        return grid
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(outputs, inputs)"""
-        return _rows(self.choices), self.choices[0].weight.shape[1]
-
-
-class Layout:
-    """Where everything lies: the matrices of the graph, and every tensor of the data file.
-
-    Args:
-        matrices: in the order of the forward pass.
-        tensors: in the order of the file; their offsets are set here.
-        activations: what products, attention, cache and logits are computed in.
-        stream: what the residual stream and its norms are computed in.
+        activations: of products, attention, cache and logits.
+        stream: of the residual stream and its norms.
     """
 
     def __init__(
@@ -114,32 +47,13 @@ class Layout:
         activations: Float = FLOAT32,
         stream: Float = FLOAT32,
     ) -> None:
+        super().__init__(matrices, tensors)
         self.activations, self.stream = activations, stream
-        self.matrices = {(matrix.layer, matrix.kind): matrix for matrix in matrices}
-        placed, end = [], 0
-        for tensor in tensors:
-            placed.append(replace(tensor, offset=end))
-            end = padded(end + tensor.nbytes)
-        self.tensors, self.nbytes = tuple(placed), end
-
-    @cached_property
-    def by_name(self) -> dict[str, Stored]:
-        return {tensor.name: tensor for tensor in self.tensors}
-
-    def bytes_by_weight(self) -> dict[str, int]:
-        """{source name: bytes of its tensors}; those of several weights by their rows."""
-        found: dict[str, int] = {}
-        for tensor in self.tensors:
-            rows = _rows(tensor.choices)
-            for choice in tensor.choices:
-                share = tensor.nbytes * choice.weight.shape[0] // rows
-                found[choice.weight.name] = found.get(choice.weight.name, 0) + share
-        return found
 
 
 def layout(
     config: DecoderConfig, plan: Plan, deployment: Deployment, activations: Float = FLOAT32
-) -> Layout:
+) -> GraphLayout:
     """Where everything lies; the tensors are the same whatever `activations` are.
 
     Raises:
@@ -157,20 +71,14 @@ def layout(
             tensors += _tensors(first[weight.name])
         elif weight.name not in joined:
             tensors.append(Stored(weight.name, FLOAT_VECTOR, weight.shape, (choice,), "values"))
-    for index, rope in enumerate(ropes(config)):
+    for index, rope in enumerate(config.ropes):
         shape = (deployment.context, rope.rotated(config.head_dim) // 2)
         for half in ("cos", "sin"):
             tensors.append(Stored(f"rope.{index}.{half}", FLOAT_VECTOR, shape, (), "values"))
     # Gemma multiplies embeddings by sqrt(hidden_size), and its stream grows beyond float16: genai's
     # builder, too, keeps it and its norms in float32.
     stream = FLOAT32 if config.family.scaled_embedding else activations
-    return Layout(matrices, tensors, activations, stream)
-
-
-def ropes(config: DecoderConfig) -> tuple[Rope, ...]:
-    """The different ropes of a decoder, in the order of its layers."""
-    found = (config.attention(layer).rope for layer in range(config.layers))
-    return tuple(dict.fromkeys(rope for rope in found if rope is not None))
+    return GraphLayout(matrices, tensors, activations, stream)
 
 
 def block_of(grid: Grid, columns: int) -> int:
@@ -201,10 +109,6 @@ def zero_point(grid: Grid) -> int:
 def has_zero_points(grid: Grid) -> bool:
     """Whether they are stored: where they are not what the operator takes without them."""
     return zero_point(grid) != 1 << (grid.bits - 1)
-
-
-def padded(size: int) -> int:
-    return -(-size // ALIGNMENT) * ALIGNMENT
 
 
 def _matrices(config: DecoderConfig, plan: Plan, deployment: Deployment) -> Iterator[Matrix]:
@@ -253,10 +157,6 @@ def _tensors(matrix: Matrix) -> Iterator[Stored]:
             yield Stored(f"{matrix.name}.zero_point", "|u1", shape, matrix.choices, "zero_point")
     if matrix.bias:
         yield Stored(f"{matrix.name}.bias", FLOAT_VECTOR, (rows,), matrix.bias, "values")
-
-
-def _rows(choices: Iterable[Choice]) -> int:
-    return sum(choice.weight.shape[0] for choice in choices)
 
 
 def _refuse(choice: Choice, activations: Float) -> None:

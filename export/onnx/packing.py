@@ -8,14 +8,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ...architectures import DecoderConfig, Rope
-from ...architectures.rotation import angles, rotation_scale
+from ...architectures import DecoderConfig
+from ...architectures.rotation import turns
 from ...quantize import packing
 from ...quantize.floats import exact_half, half
 from ...quantize.grid import Float32, Grid, Int8
 from ...quantize.store import QuantizedCheckpoint
 from ...quantize.tensor import QuantizedTensor
-from .layout import FLOAT16, FLOAT32, Float, Stored, block_of, blocks_of, ropes, zero_point
+from ..layout import Stored
+from .layout import FLOAT16, FLOAT32, Float, block_of, blocks_of, zero_point
 
 UInt8 = npt.NDArray[np.uint8]
 _CHUNK = 1 << 21  # weights packed at a time
@@ -49,15 +50,8 @@ def parts(
 def rope_parts(tensor: Stored, config: DecoderConfig) -> Iterator[Float32]:
     """A table of the rope: float32 (context, rotated / 2)."""
     _, index, which = tensor.name.split(".")
-    cos, sin = rope_tables(ropes(config)[int(index)], config.head_dim, tensor.shape[0])
+    cos, sin = turns(config.ropes[int(index)], config.head_dim, tensor.shape[0])
     yield sin if which == "sin" else cos
-
-
-def rope_tables(rope: Rope, head_dim: int, length: int) -> tuple[Float32, Float32]:
-    """Cosines and sines of the positions below `length`: float32 (length, rotated / 2) each."""
-    turned = angles(rope, head_dim, length).astype(np.float64)
-    scale = np.float32(rotation_scale(rope))
-    return np.cos(turned).astype(np.float32) * scale, np.sin(turned).astype(np.float32) * scale
 
 
 def pack(codes: Int8, grid: Grid) -> UInt8:

@@ -59,7 +59,7 @@ _SPLITS = {
 # anything else, so words are safe to cut; not a "▁" of the text itself from the spaces after it.
 _WORDS = f"(?: *[^ ]*{SPACE} +)+(?: *[^ ]+)?| *[^ ]+| +"
 _BYTES = tuple(f"<0x{byte:02X}>" for byte in range(256))
-_BYTE_START, _BYTE_REST = "<0x", "[0-9A-F][0-9A-F]>"
+BYTE_START, BYTE_REST = "<0x", "[0-9A-F][0-9A-F]>"  # such as <0x0A>
 _LONGEST_ADDED = 1000  # letters; genai crashes on some 100,000
 _NAMED = ("bos_token", "eos_token")  # what chat templates of genai may write
 
@@ -150,15 +150,21 @@ def _byte_names(tokenizer: Tokenizer) -> str:
     """A regex that cuts `<0x0A>` where merging cuts it: genai takes a whole one for the byte."""
     if tokenizer.scheme.space_prefix:  # no text starts with one
         return ""
+    cut = byte_names_cut(tokenizer)
+    if cut is None:
+        raise _unsupported(
+            f"the tokenizer merges {BYTE_START!r} into what follows it",
+            "onnxruntime-genai takes the text <0x0A> for a line end, and it cannot be cut",
+        )
+    return f"{BYTE_START[:cut]}(?={BYTE_START[cut:]}{BYTE_REST}(?: |$))|"
+
+
+def byte_names_cut(tokenizer: Tokenizer) -> int | None:
+    """After how many letters of BYTE_START merging cuts every `<0x0A>`; None: it does not."""
     tokenize = tokenizer.library.model.tokenize
     cuts = [{token.offsets[1] for token in tokenize(name)} for name in _BYTES]
     cut = min(set.intersection(*cuts))
-    if cut > len(_BYTE_START):
-        raise _unsupported(
-            f"the tokenizer merges {_BYTE_START!r} into what follows it",
-            "onnxruntime-genai takes the text <0x0A> for a line end, and it cannot be cut",
-        )
-    return f"{_BYTE_START[:cut]}(?={_BYTE_START[cut:]}{_BYTE_REST}(?: |$))|"
+    return cut if cut <= len(BYTE_START) else None
 
 
 def _refuse_added_tokens(tokens: Sequence[Mapping[str, Any]]) -> None:
@@ -184,7 +190,7 @@ def _inside(text: str) -> set[str]:
 
 
 def _refuse_pieces(tokenizer: Tokenizer) -> None:
-    if piece := next(_other_pieces(tokenizer), None):
+    if piece := next(other_pieces(tokenizer), None):
         raise _unsupported(
             f"merging does not give the piece {piece!r}",
             "onnxruntime-genai takes it wherever it stands alone, whatever the merges say",
@@ -198,7 +204,7 @@ def _refuse_pieces(tokenizer: Tokenizer) -> None:
             )
 
 
-def _other_pieces(tokenizer: Tokenizer) -> Iterator[str]:
+def other_pieces(tokenizer: Tokenizer) -> Iterator[str]:
     """Pieces that the tokenizers library does not give for their own text."""
     model, tokenize = tokenizer.spec["model"], tokenizer.library.model.tokenize
     for piece in () if model.get("ignore_merges") else _learnt(tokenizer):

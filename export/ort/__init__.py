@@ -18,6 +18,7 @@ from ...tokenizer.tokenizer import Tokenizer
 from .. import onnx
 from ..container import Deployment, ReadBack
 from ..file import write_aligned, write_bytes
+from ..layout import ALIGNMENT
 from ..onnx import (
     check_adapter,
     compare,
@@ -81,8 +82,8 @@ _OPTIONS = {
 class _Parts(NamedTuple):
     """What the folder holds; `stored` are the tensors of model.onnx, `placed` those of FILE."""
 
-    stored: onnx_layout.Layout
-    placed: onnx_layout.Layout
+    stored: onnx_layout.GraphLayout
+    placed: onnx_layout.GraphLayout
     converted: Converted
     beside: Mapping[str, bytes]
 
@@ -126,7 +127,7 @@ def write(
     for name, content in parts.beside.items():
         write_bytes(folder / name, content)
     tensors = layout.data(model, parts.stored, parts.placed)
-    write_aligned(folder / FILE, parts.converted.head, tensors, onnx_layout.ALIGNMENT)
+    write_aligned(folder / FILE, parts.converted.head, tensors, ALIGNMENT)
     return [folder / name for name in (FILE, *parts.beside)]
 
 

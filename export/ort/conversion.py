@@ -17,7 +17,7 @@ from onnx import helper
 
 from .. import flatbuffer
 from ..flatbuffer import Blob
-from ..onnx.layout import ALIGNMENT
+from ..layout import ALIGNMENT
 from .schema import SCHEMA
 from .tools import format_tools, generated
 
@@ -57,7 +57,7 @@ def convert(content: bytes, blobs: Mapping[int, Blob]) -> Converted:
         saved = path.read_bytes()
     session = flatbuffer.decode(SCHEMA, saved)
     graph = session["model"]["graph"]
-    names = {tensor.name.encode() for tensor in weights}
+    names = {tensor.name for tensor in weights}
     graph["inputs"] = [name for name in graph["inputs"] if name not in names]
     graph["initializers"] += [_stored(tensor, blobs) for tensor in weights]
     return Converted(flatbuffer.encode(SCHEMA, session, ALIGNMENT), _operators(saved))
@@ -78,7 +78,7 @@ def _stored(tensor: onnx.TensorProto, blobs: Mapping[int, Blob]) -> flatbuffer.V
     blob = blobs[place["offset"]]
     assert blob.nbytes == place["length"], tensor.name
     return {
-        "name": tensor.name.encode(),
+        "name": tensor.name,
         "dims": list(tensor.dims),
         "data_type": tensor.data_type,
         "raw_data": blob,

@@ -19,8 +19,9 @@ from ...architectures import Kind
 from ...errors import Unsupported
 from ...quantize.store import QuantizedCheckpoint
 from ..flatbuffer import Blob
+from ..layout import ALIGNMENT, Stored
 from ..onnx import packing
-from ..onnx.layout import ALIGNMENT, Layout, Stored
+from ..onnx.layout import GraphLayout
 
 _LENGTH = np.dtype("<u4")  # before the content of each tensor
 _LARGEST = 2**31 - 1  # a flatbuffer
@@ -28,7 +29,7 @@ _TABLES = 1 << 24  # more than the tables of any model take
 _HALF, _SINGLE = "<f2", "<f4"
 
 
-def widened(stored: Layout) -> Layout:
+def widened(stored: GraphLayout) -> GraphLayout:
     """The layout with float32 for float16, but for a table that is only looked up."""
     table = stored.matrices[None, Kind.EMBEDDING]
     kept = f"{table.name}.weight" if (None, Kind.HEAD) in stored.matrices else None
@@ -36,10 +37,10 @@ def widened(stored: Layout) -> Layout:
         replace(tensor, dtype=_SINGLE) if tensor.dtype == _HALF and tensor.name != kept else tensor
         for tensor in stored.tensors
     )
-    return Layout(stored.matrices.values(), tensors)
+    return GraphLayout(stored.matrices.values(), tensors)
 
 
-def blobs(placed: Layout) -> dict[int, Blob]:
+def blobs(placed: GraphLayout) -> dict[int, Blob]:
     """Where each tensor of `model.ort` lies behind the tables, by its offset in `placed`."""
     return {
         tensor.offset: Blob(tensor.offset + ALIGNMENT * (index + 1), tensor.nbytes)
@@ -47,13 +48,13 @@ def blobs(placed: Layout) -> dict[int, Blob]:
     }
 
 
-def data_bytes(placed: Layout) -> int:
+def data_bytes(placed: GraphLayout) -> int:
     """Of all tensors, each filled up to the alignment, and a block with its length before it."""
     return placed.nbytes + ALIGNMENT * len(placed.tensors)
 
 
 def data(
-    model: QuantizedCheckpoint, stored: Layout, placed: Layout
+    model: QuantizedCheckpoint, stored: GraphLayout, placed: GraphLayout
 ) -> Iterator[tuple[str, int, Iterable[npt.NDArray[Any]]]]:
     """Name, bytes and content of every tensor of `placed`, which is `stored` widened."""
     for narrow, wide in zip(stored.tensors, placed.tensors, strict=True):

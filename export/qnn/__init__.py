@@ -18,7 +18,7 @@ from ...quantize.store import QuantizedCheckpoint
 from ...tokenizer.tokenizer import Tokenizer
 from ..container import Deployment, Minimum, ReadBack, foreign_adapter
 from ..file import sync_folder, write_aligned, write_bytes
-from ..onnx.layout import ALIGNMENT, Layout
+from ..layout import ALIGNMENT, Layout
 from . import calibration, compare, device, layout, packing, reader, sdk, tables
 from .chips import chip_of
 from .compilation import binary_of, compile_graph

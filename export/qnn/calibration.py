@@ -8,12 +8,11 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 
-from ...architectures import DecoderConfig, Kind
+from ...architectures import DecoderConfig, Kind, rotation
 from ...quantize.grid import Float32
 from ...quantize.store import QuantizedCheckpoint
 from ...quantize.windows import Int32, Windows
-from ..onnx.layout import Layout, ropes
-from ..onnx.packing import rope_tables
+from ..layout import Layout
 from .decoder import COS, HIDDEN, MASK, MASKED, PAST_K, PAST_V, SIN, Size, Vectors, decoder_graph
 from .encoding import Encodings, Range
 from .layout import chunk_of
@@ -39,8 +38,8 @@ def turns(config: DecoderConfig, slots: int) -> tuple[tuple[Float32, Float32], .
     Columns that a rope does not turn are 1 and 0.
     """
     found = []
-    for rope in ropes(config):
-        cos, sin = rope_tables(rope, config.head_dim, slots)
+    for rope in config.ropes:
+        cos, sin = rotation.turns(rope, config.head_dim, slots)
         kept = np.ones((slots, config.head_dim - rope.rotated(config.head_dim)), np.float32)
         halves = [cos, cos, kept], [-sin, sin, 0 * kept]
         found.append((np.concatenate(halves[0], 1), np.concatenate(halves[1], 1)))

@@ -22,7 +22,7 @@ import numpy as np
 
 from ...architectures import DecoderConfig, Kind, Rope
 from ...quantize.grid import Float32
-from ..onnx.layout import Layout, Matrix, ropes
+from ..layout import Layout, Matrix
 from .encoding import Encodings
 from .layout import head
 from .static import Static, Tensor
@@ -76,7 +76,7 @@ class _Decoder:
         turned = (1, 1, self.tokens, config.head_dim)
         self.turns: dict[Rope, tuple[Tensor, Tensor]] = {
             rope: (static.input(COS.format(index), turned), static.input(SIN.format(index), turned))
-            for index, rope in enumerate(ropes(config))
+            for index, rope in enumerate(config.ropes)
         }
 
     def logits(self) -> Tensor:

@@ -13,7 +13,7 @@ from ...architectures import DecoderConfig, Kind
 from ...errors import Unsupported
 from ...quantize.grid import Grid
 from ...quantize.plan import Choice, Plan
-from ..onnx.layout import INT4, Layout, Matrix, Stored
+from ..layout import INT4, Layout, Matrix, Stored
 
 GRIDS = ("int8-row", "int4-g32", "int4-g32-signed")
 _BIAS = 64  # numbers in the narrowest bias

@@ -12,7 +12,7 @@ from ...quantize import packing
 from ...quantize.grid import Int8
 from ...quantize.store import QuantizedCheckpoint
 from ...quantize.tensor import QuantizedTensor
-from ..onnx.layout import INT4, Layout, Stored
+from ..layout import INT4, Layout, Stored
 
 Parts = Iterable[npt.NDArray[Any]]
 

@@ -14,8 +14,8 @@ import numpy as np
 import onnx_ir as ir
 
 from ...quantize.grid import Float32
+from ..layout import Layout, Matrix
 from ..onnx.graph import Graph
-from ..onnx.layout import Layout, Matrix
 from .encoding import Encoding, Encodings, encoding_of
 
 DATA = "model.data"

@@ -22,7 +22,7 @@ from ...quantize.tensor import QuantizedTensor
 from ...tokenizer.tokenizer import Tokenizer
 from ..container import Deployment
 from ..file import Parts
-from ..onnx.layout import padded, ropes
+from ..layout import padded
 from .calibration import turns
 from .chips import chip_of
 from .decoder import COS, MASK, MASKED, SIN
@@ -57,7 +57,7 @@ def tables(config: DecoderConfig, plan: Plan, context: int) -> dict[str, Table]:
         CODES: ("|u1" if grid.bits == 4 else "|i1", (rows, columns * grid.bits // 8)),
         SCALE: ("<f4", (rows, grid.groups(columns))),
     }
-    for index, _ in enumerate(ropes(config)):
+    for index, _ in enumerate(config.ropes):
         shapes[COS.format(index)] = shapes[SIN.format(index)] = ("<u2", (context, config.head_dim))
     found: dict[str, Table] = {}
     end = 0

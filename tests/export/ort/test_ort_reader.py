@@ -15,7 +15,7 @@ from slimport.errors import BadInput, ValidationFailed
 from slimport.export import flatbuffer
 from slimport.export import ort as container
 from slimport.export.container import Deployment
-from slimport.export.onnx.layout import ALIGNMENT
+from slimport.export.layout import ALIGNMENT
 from slimport.export.ort.reader import MODEL, at_accuracy_level, open_file
 from slimport.export.ort.schema import SCHEMA
 from slimport.tokenizer.tokenizer import Tokenizer

@@ -19,7 +19,7 @@ from onnx import TensorProto, helper, numpy_helper
 from slimport.errors import BadInput, Unsupported, ValidationFailed
 from slimport.export import qnn as container
 from slimport.export.container import Deployment
-from slimport.export.onnx.layout import INT4
+from slimport.export.layout import INT4
 from slimport.export.qnn import compilation, packing, reader
 from slimport.export.qnn.chips import CHIPS, Chip
 from slimport.export.qnn.delegation import delegated
