@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from slimport.architectures import DecoderConfig, decoder_config
 from slimport.checkpoint import Checkpoint
 from slimport.quantize.grid import Float32, Grid, round_scale
 from slimport.quantize.plan import Plan, make_plan
-from slimport.quantize.store import Record
+from slimport.quantize.store import Record, float_digest
 from slimport.quantize.tensor import QuantizedTensor, weights_digest
 
 LLAMA3 = {
@@ -146,17 +147,20 @@ class Model:
         values = tensor.dequantize() if isinstance(tensor, QuantizedTensor) else tensor
         return values[start:stop]
 
-    @property
+    @cached_property
     def records(self) -> dict[str, Record]:
         return {
-            name: Record(tensor.digest(name))
+            name: Record(
+                tensor.digest(name)
+                if isinstance(tensor, QuantizedTensor)
+                else float_digest(name, tensor)
+            )
             for name, tensor in self.tensors.items()
-            if isinstance(tensor, QuantizedTensor)
         }
 
     @property
     def weights_digest(self) -> str:
-        return weights_digest({name: record.digest for name, record in self.records.items()})
+        return weights_digest({name: self.records[name].digest for name in self.grids})
 
     @property
     def grids(self) -> dict[str, str]:

@@ -1,0 +1,67 @@
+"""What a runner asks a program, what a phone needs to run it, and code that loads it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from string import Template
+
+from ...architectures import DecoderConfig
+from ...quantize.plan import Plan
+from ...tokenizer.tokenizer import Tokenizer
+from .. import flatbuffer
+from ..container import Minimum, normalization_notes
+from .program import constant_method
+
+EXECUTORCH = "1.4.1"
+_RUNTIME = "ExecuTorch"
+
+
+def metadata(config: DecoderConfig, tokenizer: Tokenizer, context: int) -> list[flatbuffer.Values]:
+    """Methods that ExecuTorch's runner of language models calls before it runs one.
+
+    The longest run is the whole context: with a shorter one the runner takes the model for one
+    that forgets old tokens by itself, and writes beyond the end of the cache.
+    """
+    numbers: dict[str, int | bool] = {
+        "get_vocab_size": config.vocab_size,
+        "get_max_seq_len": context,
+        "get_max_context_len": context,
+        "get_n_layers": config.layers,
+        "use_kv_cache": True,
+        "use_sdpa_with_kv_cache": True,
+        "enable_dynamic_shape": True,
+    }
+    if tokenizer.bos_id is not None:
+        numbers["get_bos_id"] = tokenizer.bos_id
+    methods = [constant_method(name, number) for name, number in numbers.items()]
+    return [*methods, constant_method("get_eos_ids", *tokenizer.eos_ids)]
+
+
+def minimum_runtime() -> Minimum:
+    """The release that was run, because no older one was."""
+    reason = "the release that judges the file here; no older one was tried"
+    return Minimum("executorch", EXECUTORCH, reason)
+
+
+def notes(config: DecoderConfig, plan: Plan, tokenizer: Tokenizer) -> list[str]:
+    """Sentences on prompts: normalization, BOS, chat template."""
+    found = normalization_notes(tokenizer, _RUNTIME)
+    if tokenizer.adds_bos and tokenizer.bos_id is not None:
+        found.append(
+            "ExecuTorch's runner puts BOS before a prompt where `num_bos` is 1, and nothing where"
+            " it is 0: 1 for plain text, 0 for a chat whose template writes"
+            f" `{tokenizer.library.id_to_token(tokenizer.bos_id)}` itself."
+        )
+    if tokenizer.chat_template:
+        found.append(
+            "ExecuTorch's runner takes prompts as they are: the app has to write chats as the"
+            " template in `tokenizer/generation.json` does."
+        )
+    return found
+
+
+def readme(fields: Mapping[str, str], adapters: list[str]) -> str:
+    """The bundle's README.md; `fields` fill README.bundle.md."""
+    template = Template((Path(__file__).parent / "README.bundle.md").read_text(encoding="utf-8"))
+    return template.substitute(fields, executorch=EXECUTORCH)
