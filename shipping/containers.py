@@ -11,7 +11,7 @@ from ..errors import DependencyMissing, Unsupported
 from ..export.container import Container
 from ..validation.runtime import Runtime, Scorer
 
-NAMES = ("gguf", "onnx", "onnx-fp16", "ort", "qnn")
+NAMES = ("gguf", "onnx", "onnx-fp16", "ort", "executorch", "qnn")
 
 
 class Pair(NamedTuple):
@@ -50,6 +50,11 @@ def load(name: str) -> Pair:
             from ..validation.runtimes import onnxruntime
 
             return Pair(ort, onnxruntime)
+        if name == "executorch":
+            from ..export import executorch
+            from ..validation.runtimes import executorch as executorch_runtime
+
+            return Pair(executorch, executorch_runtime)
         if name == "qnn":
             from ..export import qnn
             from ..validation.runtimes import qnn as emulator

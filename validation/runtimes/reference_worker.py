@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from ...errors import BadInput
 from ...quantize.store import QuantizedCheckpoint
@@ -20,11 +20,23 @@ _LOADING = {"trust_remote_code": False, "local_files_only": True}
 _BATCH = 16
 
 
+def _transformers() -> Any:
+    """The library, kept from torchao: it would import it, for five seconds and with warnings.
+
+    ExecuTorch brings torchao; nothing here needs it. None stands for what is not installed.
+    """
+    sys.modules.setdefault("torchao", None)  # type: ignore[arg-type]
+    import transformers
+
+    return transformers
+
+
 def _load(
     folder: str, adapter: str | None, scale: float, quantized: bool, reward: bool, threads: int
 ) -> Any:
     torch.set_num_threads(threads)
-    kind: Any = AutoModelForSequenceClassification if reward else AutoModelForCausalLM
+    library = _transformers()
+    kind = library.AutoModelForSequenceClassification if reward else library.AutoModelForCausalLM
     try:
         if quantized:
             model = _dequantized(Path(folder), kind)
@@ -64,7 +76,7 @@ def _dequantized(folder: Path, kind: Any) -> Any:
         name: torch.from_numpy(np.ascontiguousarray(checkpoint.rows(name), np.float32))
         for name in checkpoint.names()
     }
-    config = AutoConfig.from_pretrained(folder, **_LOADING)
+    config = _transformers().AutoConfig.from_pretrained(folder, **_LOADING)
     model = kind.from_config(config, dtype=torch.float32, attn_implementation="eager")
     missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
     tied = ["lm_head.weight"] if config.tie_word_embeddings else []  # a reward model has no such
