@@ -35,10 +35,10 @@ from slimport.quantize.plan import make_plan
 from slimport.quantize.quantizer import quantize
 from slimport.validation import divergence
 from slimport.validation.runtimes import executorch as runtime
-from slimport.validation.runtimes.executorch_worker import libraries
+from slimport.validation.runtimes.executorch_worker import runtime as load_runtime
 
 _LAYERS, _CONTEXT = 30, 1024
-_PROMPT, _GENERATED, _TURNS = 256, 64, 5
+_PROMPT, _GENERATED, _TURNS, _THREADS = 256, 64, 5, 2
 _META = {  # names of export_llm's checkpoints
     "model.embed_tokens": "tok_embeddings",
     "model.norm": "norm",
@@ -171,7 +171,7 @@ def print_speed(files: Mapping[str, Path]) -> None:
 
 def decode(file: Path) -> dict[str, float]:
     """Speed of one program: a prompt at once, then token by token."""
-    portable = libraries()
+    portable = load_runtime(_THREADS)
     before, start = anonymous(), time.perf_counter()
     module = portable._load_for_executorch(str(file))
     ids = torch.arange(_PROMPT)[None] % 1000

@@ -164,7 +164,7 @@ import importlib.util, json, sys
 from pathlib import Path
 import torch
 from slimport.validation.runtimes import executorch_worker
-executorch_worker._bindings(1)
+executorch_worker.runtime(1)
 place = next((executorch_worker._package() / "extension/llm/runner").glob("_llm_runner*.so"))
 spec = importlib.util.spec_from_file_location("_llm_runner", place)
 runner = importlib.util.module_from_spec(spec)

@@ -34,7 +34,7 @@ _LOG = 1000  # bytes of the log that are looked at
 _DECODED = 4  # tokens of the first window that go through the method of a runner, one by one
 
 
-def _bindings(threads: int) -> Any:
+def runtime(threads: int) -> Any:
     """ExecuTorch's runtime with the kernels that a language model needs."""
     import torch
     from executorch.extension.pybindings import _portable_lib
@@ -76,9 +76,9 @@ class _Model:
     """A program as a runner opens it; each method has a cache of its own."""
 
     def __init__(self, file: Path, threads: int) -> None:
-        bindings = _bindings(threads)
+        portable = runtime(threads)
         with _refusals(f"ExecuTorch does not load {file.name}"):
-            self.module = bindings._load_for_executorch(str(file))
+            self.module = portable._load_for_executorch(str(file))
             self.vocab_size, self.context = (
                 self.told(name)[0] for name in ("get_vocab_size", "get_max_context_len")
             )
@@ -195,7 +195,7 @@ def _greedy(
 def _measure(
     file: str, context: int, prompt_lengths: list[int], generated: int, threads: int
 ) -> dict[str, Any]:
-    _bindings(threads)
+    runtime(threads)
     before = rss()
     model = _Model(Path(file), threads)
     context = min(context, model.context)
