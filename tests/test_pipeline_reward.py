@@ -165,6 +165,7 @@ REFUSED = {
     "gguf": (["--container", "gguf"], 5, "container gguf cannot hold a reward model"),
     "ort": (["--container", "ort"], 5, "container ort cannot hold a reward model"),
     "onnx-fp16": (["--container", "onnx-fp16"], 5, "onnx-fp16 cannot hold a reward model"),
+    "executorch": (["--container", "executorch"], 5, "executorch cannot hold a reward model"),
     "qnn": (["--container", "qnn"], 5, "container qnn cannot hold a reward model"),
     "no calibration": (["--method", "gptq"], 2, "no text to calibrate on"),
     "separate": (["--adapter-mode", "separate"], 5, "the adapter judge cannot stay separate"),

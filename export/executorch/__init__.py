@@ -74,12 +74,6 @@ def kv_cache(wanted: str) -> str:
 
 def refuse(config: DecoderConfig, plan: Plan, tokenizer: Tokenizer) -> None:
     """Raise Unsupported if XNNPACK, a kernel or the runner cannot hold this exactly."""
-    if config.reward:
-        raise Unsupported(
-            "ExecuTorch programs of reward models are not written",
-            "a runner calls a program for logits, one token after the other",
-            "write ONNX: --container onnx",
-        )
     layout.layout(config, plan, Deployment(1))
     refuse_tokenizer(tokenizer)
 
