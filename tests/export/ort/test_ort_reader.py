@@ -89,37 +89,37 @@ def test_a_flipped_scale_and_a_changed_norm_are_found(
         container.check(model, tmp_path)
 
 
-def _named(items: list[flatbuffer.Values], name: bytes) -> flatbuffer.Values:
+def _named(items: list[flatbuffer.Values], name: str) -> flatbuffer.Values:
     return next(item for item in items if item["name"] == name)
 
 
-UP = b"model.layers.0.mlp.up_proj"
+UP = "model.layers.0.mlp.up_proj"
 
 
-def _attribute(graph: flatbuffer.Values, key: bytes, value: int) -> None:
+def _attribute(graph: flatbuffer.Values, key: str, value: int) -> None:
     _named(_named(graph["nodes"], UP)["attributes"], key)["i"] = value
 
 
 def _data(graph: flatbuffer.Values, raw: bytes) -> None:
-    _named(graph["initializers"], UP + b".codes")["raw_data"] = raw
+    _named(graph["initializers"], UP + ".codes")["raw_data"] = raw
 
 
 CHANGES: dict[str, Change] = {
-    "another block": lambda g: _attribute(g, b"block_size", 64),
-    "other bits": lambda g: _attribute(g, b"bits", 8),
-    "no block": lambda g: _attribute(g, b"block_size", 0),
-    "g_idx": lambda g: _named(g["nodes"], UP)["inputs"].extend([b"", b"model.norm.weight"]),
+    "another block": lambda g: _attribute(g, "block_size", 64),
+    "other bits": lambda g: _attribute(g, "bits", 8),
+    "no block": lambda g: _attribute(g, "block_size", 0),
+    "g_idx": lambda g: _named(g["nodes"], UP)["inputs"].extend(["", "model.norm.weight"]),
     "no product": lambda g: g["nodes"].remove(_named(g["nodes"], UP)),
     "too short": lambda g: _data(g, b"abc"),
-    "no data": lambda g: _named(g["initializers"], UP + b".codes").pop("raw_data"),
-    "a huge shape": lambda g: _named(g["initializers"], UP + b".codes").update(dims=[2**62, 8]),
-    "no shape": lambda g: _named(g["initializers"], UP + b".codes").update(dims=[]),
-    "another type": lambda g: _named(g["initializers"], UP + b".codes").update(data_type=7),
+    "no data": lambda g: _named(g["initializers"], UP + ".codes").pop("raw_data"),
+    "a huge shape": lambda g: _named(g["initializers"], UP + ".codes").update(dims=[2**62, 8]),
+    "no shape": lambda g: _named(g["initializers"], UP + ".codes").update(dims=[]),
+    "another type": lambda g: _named(g["initializers"], UP + ".codes").update(data_type=7),
     "two of a name": lambda g: g["initializers"].append(g["initializers"][0]),
     "two nodes of a name": lambda g: g["nodes"].append(g["nodes"][0]),
     "no text": lambda g: _named(g["nodes"], UP).update(name=b"\xff\xfe"),
     "too many inputs": lambda g: _named(g["nodes"], UP).update(inputs=[UP] * 100),
-    "a long name": lambda g: _named(g["nodes"], UP).update(name=b"x" * 5000),
+    "a long name": lambda g: _named(g["nodes"], UP).update(name="x" * 5000),
 }
 
 
@@ -171,8 +171,8 @@ def test_the_accuracy_level_is_changed_and_nothing_else(written: tuple[Any, Path
     after = at_accuracy_level(folder / MODEL, 1)
     assert (folder / MODEL).read_bytes() == before and len(after) == len(before)
     old, new = flatbuffer.decode(SCHEMA, before), flatbuffer.decode(SCHEMA, after)
-    products = [n for n in new["model"]["graph"]["nodes"] if n["op_type"] == b"MatMulNBits"]
-    levels = [_named(node["attributes"], b"accuracy_level") for node in products]
+    products = [n for n in new["model"]["graph"]["nodes"] if n["op_type"] == "MatMulNBits"]
+    levels = [_named(node["attributes"], "accuracy_level") for node in products]
     assert levels and {level["i"] for level in levels} == {1}
     for level in levels:
         level["i"] = 4

@@ -61,7 +61,7 @@ def test_the_npu_computes_the_logits_of_transformers(
     # 80 tokens: a chunk, a chunk that is filled up, and single tokens at the end.
     ids = windows(model.decoder.vocab_size, 1, 2, 80).ids
     found = diverges(file, model, source, ids, tmp_path, oracle)
-    assert found.kl_mean < 2e-4 and found.kl_max < 2e-3 and found.top1 > 0.97, found
+    assert found.kl_mean < 2e-4 and found.kl_max < 1e-2 and found.top1 > 0.97, found
 
 
 def test_every_family_that_is_not_refused_is_run() -> None:
@@ -78,4 +78,4 @@ def test_four_bits_of_either_sign(
     file = export(model, source, tmp_path / "files", hexagon=81)
     ids = windows(model.decoder.vocab_size, 1, 2, 80).ids
     found = diverges(file, model, source, ids, tmp_path, oracle)
-    assert found.kl_mean < 2e-4 and found.kl_max < 2e-3 and found.top1 > 0.97, found
+    assert found.kl_mean < 2e-4 and found.kl_max < 1e-2 and found.top1 > 0.97, found
