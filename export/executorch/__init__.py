@@ -73,9 +73,12 @@ def kv_cache(wanted: str) -> str:
 
 
 def refuse(config: DecoderConfig, plan: Plan, tokenizer: Tokenizer) -> None:
-    """Raise Unsupported if XNNPACK, a kernel or the runner cannot hold this exactly."""
+    """Raise Unsupported if XNNPACK, a kernel or the runner cannot hold this exactly.
+
+    BadInput for a tokenizer with more tokens than the model.
+    """
     layout.layout(config, plan, Deployment(1))
-    refuse_tokenizer(tokenizer)
+    refuse_tokenizer(tokenizer, config.vocab_size)
 
 
 def refuse_deployment(deployment: Deployment) -> None:

@@ -21,7 +21,7 @@ def metadata(config: DecoderConfig, tokenizer: Tokenizer, context: int) -> list[
     """Methods that ExecuTorch's runner of language models calls before it runs one.
 
     The longest run is the whole context: with a shorter one the runner takes the model for one
-    that forgets old tokens by itself, and writes beyond the end of the cache.
+    that forgets old tokens by itself, and goes on until a kernel fails at the end of the cache.
     """
     numbers: dict[str, int | bool] = {
         "get_vocab_size": config.vocab_size,
@@ -48,16 +48,22 @@ def notes(config: DecoderConfig, plan: Plan, tokenizer: Tokenizer) -> list[str]:
     """Sentences on prompts: normalization, BOS, chat template."""
     found = normalization_notes(tokenizer, _RUNTIME)
     if tokenizer.adds_bos and tokenizer.bos_id is not None:
+        bos = tokenizer.library.id_to_token(tokenizer.bos_id)
         found.append(
-            "ExecuTorch's runner puts BOS before a prompt where `num_bos` is 1, and nothing where"
-            " it is 0: 1 for plain text, 0 for a chat whose template writes"
-            f" `{tokenizer.library.id_to_token(tokenizer.bos_id)}` itself."
+            f"ExecuTorch's runner puts no BOS before a prompt: one begins with `{bos}`, but for a"
+            " chat whose template writes it. Leave the count of BOS at 0: Android ignores that of"
+            " LlmGenerationConfig."
         )
     if tokenizer.chat_template:
         found.append(
             "ExecuTorch's runner takes prompts as they are: the app has to write chats as the"
             " template in `tokenizer/generation.json` does."
         )
+    found.append(
+        "ExecuTorch's runner hands the app the text of the token that ends an answer too, takes the"
+        " first token after a prompt for no end and without temperature, and on iOS loses a token"
+        " that is a part of a character."
+    )
     return found
 
 

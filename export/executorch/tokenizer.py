@@ -27,8 +27,20 @@ _REGEXES = (
 )
 
 
-def refuse_tokenizer(tokenizer: Tokenizer) -> None:
-    """Raise Unsupported if the runner would give other ids for some text, or could not stop."""
+def refuse_tokenizer(tokenizer: Tokenizer, vocab_size: int) -> None:
+    """Raise Unsupported if the runner would give other ids for some text, or could not stop.
+
+    BadInput for a token beyond `vocab_size`: the runner samples among as many numbers as it has
+    tokens, whatever the logits have.
+    """
+    tokenizer.pieces(vocab_size)
+    ids = set(tokenizer.library.get_vocab(with_added_tokens=True).values())
+    if len(ids) != 1 + max(ids):
+        raise _unsupported(
+            f"{1 + max(ids) - len(ids)} ids below {max(ids)} have no token",
+            "ExecuTorch's runner samples among the first ids, as many as there are tokens, and"
+            " would never give the last ones",
+        )
     if tokenizer.kind == "ugm":
         raise _unsupported(
             "the tokenizer has no tokens for bytes",

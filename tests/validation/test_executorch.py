@@ -277,7 +277,7 @@ def test_a_program_of_another_model_is_not_shipped(
 def test_a_text_longer_than_the_context_is_refused(
     int4: Exported, here: None, tmp_path: Path
 ) -> None:
-    """Before it runs: the kernel would write behind the cache."""
+    """Before it runs."""
     ids = windows(1, CONTEXT + 1)
     with pytest.raises(BadInput, match="97 tokens is too long"):
         run(int4.file, tmp_path / "o.npy", ids)

@@ -90,7 +90,7 @@ class _Model:
         return found
 
     def refuse_longer(self, tokens: int) -> None:
-        """Raise BadInput beyond the context, where kernels would write behind the cache."""
+        """Raise BadInput beyond the context, where a kernel would fail."""
         if tokens > self.context:
             raise BadInput(
                 f"a text of {tokens} tokens is too long",
@@ -149,12 +149,18 @@ def _exact_logits(file: str, windows: list[list[int]], out: str, threads: int) -
 
 
 def _tokenize(file: str, texts: list[str]) -> list[list[int]]:
+    tokenizer = _tokenizer(file)
+    with _refusals("ExecuTorch's tokenizer cannot read a text"):
+        return [list(tokenizer.encode(text)) for text in texts]
+
+
+def _tokenizer(file: str) -> Any:
     from pytorch_tokenizers import pytorch_tokenizers_cpp
 
     tokenizer = pytorch_tokenizers_cpp.HFTokenizer()
-    with _refusals("ExecuTorch's tokenizer cannot read a text"):
+    with _refusals("ExecuTorch's tokenizer cannot read its file"):
         tokenizer.load(str(Path(file).parent / TOKENIZER))
-        return [list(tokenizer.encode(text)) for text in texts]
+    return tokenizer
 
 
 def _vocabulary(file: str) -> dict[str, Any]:
@@ -171,20 +177,21 @@ def _generate(
     file: str, prompts: list[list[int]], max_tokens: int, threads: int
 ) -> list[tuple[list[int], bool]]:
     model = _Model(Path(file), threads)
-    ends = set(model.told("get_eos_ids"))
+    ends, known = set(model.told("get_eos_ids")), int(_tokenizer(file).vocab_size())
     return [
-        _greedy(model, np.array(prompt, np.int32), max_tokens, ends)
+        _greedy(model, np.array(prompt, np.int32), max_tokens, ends, known)
         for prompt in worker.counted(prompts, len(prompts))
     ]
 
 
 def _greedy(
-    model: _Model, prompt: npt.NDArray[np.int32], max_tokens: int, ends: set[int]
+    model: _Model, prompt: npt.NDArray[np.int32], max_tokens: int, ends: set[int], known: int
 ) -> tuple[list[int], bool]:
+    """As the runner: among the ids that its tokenizer knows, the rows beyond them are padding."""
     tokens: list[int] = []
     position = 0
     while len(tokens) < max_tokens and position < model.context:
-        token = int(model.run(FORWARD, prompt, position)[-1].argmax())
+        token = int(model.run(FORWARD, prompt, position)[-1][:known].argmax())
         if token in ends:
             return tokens, True
         tokens.append(token)

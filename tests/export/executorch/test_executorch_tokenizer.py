@@ -17,7 +17,7 @@ from tokenizers import Tokenizer as Library
 from tokenizers import pre_tokenizers as pre
 from tokenizers.trainers import BpeTrainer
 
-from slimport.errors import Unsupported
+from slimport.errors import BadInput, Unsupported
 from slimport.export.executorch.tokenizer import refuse_tokenizer, tokenizer_json
 from slimport.tokenizer import pretokenizers as known
 from slimport.tokenizer.conformance import TEXTS
@@ -106,7 +106,7 @@ def in_the_runner(content: bytes, folder: Path) -> Any:
 
 def hold(source: Tokenizer, folder: Path, given: list[str]) -> Any:
     """Compare ids of the source, of the written file in the tokenizers library, and in C++."""
-    refuse_tokenizer(source)
+    refuse_tokenizer(source, 1 << 20)
     content = tokenizer_json(source)
     assert content == tokenizer_json(source)
     again, runner = Library.from_str(content.decode()), in_the_runner(content, folder)
@@ -168,9 +168,28 @@ def test_a_strip_would_take_every_space(make_model: Callable[..., Path], tmp_pat
 
 def refused(source: Tokenizer) -> str:
     with pytest.raises(Unsupported) as error:
-        refuse_tokenizer(source)
+        refuse_tokenizer(source, 1 << 20)
     assert len(str(error.value).splitlines()) == 3
     return str(error.value)
+
+
+def test_a_token_without_a_row_is_refused(make_model: Callable[..., Path]) -> None:
+    """The runner would sample among numbers that are no logits."""
+    source = Tokenizer.open(make_model("llama"))
+    tokens = source.library.get_vocab_size(with_added_tokens=True)
+    refuse_tokenizer(source, tokens)
+    with pytest.raises(BadInput):
+        refuse_tokenizer(source, tokens - 1)
+
+
+def test_ids_without_a_token_are_refused(merged: dict[str, Any], tmp_path: Path) -> None:
+    """The runner counts tokens, and never gives an id beyond their number."""
+    vocab = dict(merged["model"]["vocab"])
+    last = max(vocab, key=vocab.__getitem__)
+    vocab[last] += 5
+    spec = byte_level("qwen2", merged)
+    spec["model"] = {**spec["model"], "vocab": vocab}
+    assert "have no token" in refused(opened(spec, tmp_path))
 
 
 def test_other_splits_are_refused_and_no_name_helps(merged: dict[str, Any], tmp_path: Path) -> None:
@@ -183,7 +202,7 @@ def test_other_splits_are_refused_and_no_name_helps(merged: dict[str, Any], tmp_
 
 def test_a_piece_that_no_merge_makes_is_refused(merged: dict[str, Any], tmp_path: Path) -> None:
     vocab = merged["model"]["vocab"]
-    model = merged["model"] | {"vocab": vocab | {"zebrafox": len(vocab) + 9}}
+    model = merged["model"] | {"vocab": vocab | {"zebrafox": len(vocab)}}
     spec = byte_level("gpt-2", merged | {"model": model})
     assert "the piece 'zebrafox'" in refused(opened(spec, tmp_path))
 
