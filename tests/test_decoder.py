@@ -148,6 +148,50 @@ def test_logits_are_those_of_transformers(variant: str) -> None:
     assert (actual - expected).abs().max() < 1e-5
 
 
+TOKENS = torch.randint(0, 96, (1, 60), generator=torch.Generator().manual_seed(1))
+RUNS = [slice(0, 60)], [slice(0, 25), *(slice(n, n + 1) for n in range(25, 50)), slice(50, 60)]
+
+
+def cached(model: transformers.PreTrainedModel, context: int = 64) -> decoder.CachedDecoder:
+    config = decoder_config(model.config.to_dict())
+    return decoder.CachedDecoder(Arrays(model), config, context)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("runs", RUNS, ids=["prefill", "token by token"])
+def test_with_a_cache_logits_are_those_of_transformers(variant: str, runs: list[slice]) -> None:
+    model = random_model(variant)
+    ours, past = cached(model), transformers.DynamicCache(config=model.config)
+    for run in runs:
+        with torch.no_grad():
+            expected = model(TOKENS[:, run], past_key_values=past).logits
+        actual = ours(TOKENS[:, run], torch.tensor([run.start]))
+        assert (actual - expected).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("variant", ["llama-tied", "phi3-long", "gemma2", "gemma3", "granite"])
+def test_the_cached_decoder_can_be_traced_for_any_number_of_tokens(variant: str) -> None:
+    model = cached(random_model(variant))
+    length = torch.export.Dim("length", min=1, max=63)
+    traced = torch.export.export(
+        cached(random_model(variant)),
+        (TOKENS[:, :3], torch.tensor([0])),
+        dynamic_shapes=({1: length}, None),
+        strict=False,
+    ).module()
+    for run in RUNS[1][:5]:
+        given = TOKENS[:, run], torch.tensor([run.start])
+        assert (traced(*given) - model(*given)).abs().max() < 1e-5
+
+
+def test_weights_keep_their_names_and_a_context_ends_where_it_ends() -> None:
+    model = random_model("llama")
+    ours = cached(model, 61)
+    assert set(ours.state_dict()) == set(model.state_dict())
+    with pytest.raises(IndexError):
+        ours(TOKENS, torch.tensor([2]))
+
+
 def test_captured_inputs_are_those_of_the_linears() -> None:
     model = random_model("qwen3")
     config = decoder_config(model.config.to_dict())

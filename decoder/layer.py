@@ -1,8 +1,4 @@
-"""One plain decoder in float32 torch, layer by layer; every family of architectures/.
-
-Functions over the weights of one layer, so calibration can stream a model through it and exporters
-can trace it. Held to transformers by a test; never the oracle of a validation.
-"""
+"""One decoder layer, as functions over its weights."""
 
 from __future__ import annotations
 
@@ -15,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .architectures import DecoderConfig, Kind, LayerAttention, weights
-from .architectures.rotation import angles, rotation_scale
-from .checkpoint import Weights
+from ..architectures import DecoderConfig, Kind, weights
+from ..checkpoint import Weights
+from .positions import Cache, Tables
 
 
 class Parameters(NamedTuple):
@@ -54,48 +50,9 @@ def load_layer(
         field = weight.name.rpartition(".")[2]
         tensor = replaced.get(weight.name)
         if tensor is None:
-            tensor = _read(source, weight.name)
+            tensor = read_tensor(source, weight.name)
         found.setdefault(weight.kind, {})[field] = tensor
     return {kind: Parameters(**fields) for kind, fields in found.items()}
-
-
-class Tables(NamedTuple):
-    """What the attention of one layer needs to know of positions.
-
-    Attributes:
-        cos, sin: (length, rotated), the second half of the columns repeats the first: heads are
-            rotated in halves, as in Hugging Face checkpoints. None: nothing is rotated.
-        seen: bool (length, length), whether a position (row) sees another; None: all before it.
-    """
-
-    cos: Tensor | None
-    sin: Tensor | None
-    seen: Tensor | None
-
-
-def attention_tables(config: DecoderConfig, length: int) -> list[Tables]:
-    """The tables of every layer for windows of `length`; layers that look alike share them."""
-    made: dict[LayerAttention, Tables] = {}
-    found = []
-    for layer in range(config.layers):
-        attention = config.attention(layer)
-        if attention not in made:
-            made[attention] = _tables(attention, config.head_dim, length)
-        found.append(made[attention])
-    return found
-
-
-def _tables(attention: LayerAttention, head_dim: int, length: int) -> Tables:
-    seen = None
-    if attention.window is not None and attention.window < length:
-        ahead = torch.arange(length)[:, None] - torch.arange(length)
-        seen = (ahead >= 0) & (ahead < attention.window)
-    if attention.rope is None:
-        return Tables(None, None, seen)
-    turned = torch.from_numpy(angles(attention.rope, head_dim, length))
-    turned = torch.cat((turned, turned), dim=-1)
-    scale = rotation_scale(attention.rope)
-    return Tables(turned.cos() * scale, turned.sin() * scale, seen)
 
 
 def decoder_layer(
@@ -104,18 +61,22 @@ def decoder_layer(
     config: DecoderConfig,
     tables: Tables,
     capture: Capture | None = None,
+    cache: Cache | None = None,
 ) -> Tensor:
-    """One decoder layer over whole windows: (windows, length, hidden_size) in and out.
+    """One decoder layer: (windows, length, hidden_size) in and out.
 
     Args:
-        tables: of this layer, for the window's length.
+        tables: of this layer, for the window's length; with a cache for the positions of this
+            run, with what they see of the cache.
         capture: called with each key of SHARED_INPUTS and each value of RESIDUALS, and the input
             that these weights read.
+        cache: keys and values of earlier runs, to which those of this one are added; None: the
+            tokens are whole windows.
     """
     capture = capture or _ignore
     capture(Kind.ATTENTION_NORM, hidden)
     inputs = _norm(hidden, layer, Kind.ATTENTION_NORM, config)
-    added = _attention(inputs, layer, config, tables, capture)
+    added = _attention(inputs, layer, config, tables, capture, cache)
     added = _norm(added, layer, Kind.ATTENTION_POST_NORM, config)
     hidden = hidden + added * config.residual_multiplier
     capture(Kind.FFN_NORM, hidden)
@@ -125,34 +86,8 @@ def decoder_layer(
     return hidden + added * config.residual_multiplier
 
 
-def embed(tokens: Tensor, table: Tensor, config: DecoderConfig) -> Tensor:
-    """Hidden states (..., hidden_size) before the first layer, of ids or of places in `table`."""
-    return functional.embedding(tokens, table) * config.embedding_multiplier
-
-
-def head(hidden: Tensor, norm: Tensor, table: Tensor, config: DecoderConfig) -> Tensor:
-    """Logits (..., vocab_size) from the last layer's output, the final norm and the head's table.
-
-    With tied embeddings `table` is the embedding.
-    """
-    found = functional.linear(_rms_norm(hidden, norm, config), table) / config.logits_divisor
-    return _capped(found, config.logits_softcap)
-
-
-def logits(tokens: Tensor, source: Weights, config: DecoderConfig) -> Tensor:
-    """The whole decoder, one layer in memory at a time: ids (windows, length) to logits."""
-    names = {weight.kind: weight.name for weight in weights(config) if weight.layer is None}
-    table = _read(source, names[Kind.EMBEDDING])
-    hidden = embed(tokens, table, config)
-    for layer, tables in enumerate(attention_tables(config, tokens.shape[-1])):
-        hidden = decoder_layer(hidden, load_layer(source, config, layer), config, tables)
-    norm = _read(source, names[Kind.FINAL_NORM])
-    if not config.tied:
-        table = _read(source, names[Kind.HEAD])
-    return head(hidden, norm, table, config)
-
-
-def _read(source: Weights, name: str) -> Tensor:
+def read_tensor(source: Weights, name: str) -> Tensor:
+    """A tensor of the checkpoint in float32."""
     return torch.from_numpy(np.require(source.rows(name), np.float32, ["C", "W"]))
 
 
@@ -162,6 +97,7 @@ def _attention(
     config: DecoderConfig,
     tables: Tables,
     capture: Capture,
+    cache: Cache | None,
 ) -> Tensor:
     windows, length, _ = hidden.shape
     if config.family.fused:
@@ -183,8 +119,12 @@ def _attention(
         return states.transpose(1, 2)
 
     query = _rotate(heads(parts[0], Kind.Q_NORM), tables)
-    key = _repeat_heads(_rotate(heads(parts[1], Kind.K_NORM), tables), config)
-    value = _repeat_heads(heads(parts[2]), config)
+    key = _rotate(heads(parts[1], Kind.K_NORM), tables)
+    value = heads(parts[2])
+    if cache is not None:
+        key = cache.keys.index_copy_(2, cache.positions, key)
+        value = cache.values.index_copy_(2, cache.positions, value)
+    key, value = _repeat_heads(key, config), _repeat_heads(value, config)
     mixed = _mix(query, key, value, config, tables.seen)
     mixed = mixed.transpose(1, 2).reshape(windows, length, config.heads * config.head_dim)
     capture(Kind.ATTENTION_OUTPUT, mixed)
@@ -199,13 +139,14 @@ def _mix(
         return functional.scaled_dot_product_attention(
             query, key, value, seen, is_causal=seen is None, scale=config.attention_scale
         )
-    scores = _capped(query @ key.mT * config.attention_scale, config.attention_softcap)
+    scores = capped(query @ key.mT * config.attention_scale, config.attention_softcap)
     if seen is None:
         seen = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
     return scores.masked_fill(~seen, -math.inf).softmax(-1) @ value
 
 
-def _capped(values: Tensor, cap: float | None) -> Tensor:
+def capped(values: Tensor, cap: float | None) -> Tensor:
+    """Values drawn softly into (-cap, cap), as Gemma 2 does; None: as they are."""
     return values if cap is None else cap * torch.tanh(values / cap)
 
 
@@ -229,10 +170,11 @@ def _feed_forward(
 
 def _norm(hidden: Tensor, layer: LayerWeights, kind: Kind, config: DecoderConfig) -> Tensor:
     """The norm of a layer, or nothing where its family has none there."""
-    return _rms_norm(hidden, layer[kind].weight, config) if kind in layer else hidden
+    return rms_norm(hidden, layer[kind].weight, config) if kind in layer else hidden
 
 
-def _rms_norm(hidden: Tensor, weight: Tensor, config: DecoderConfig) -> Tensor:
+def rms_norm(hidden: Tensor, weight: Tensor, config: DecoderConfig) -> Tensor:
+    """Rows (..., n) over their root mean square, times the weight (n,) of the norm."""
     variance = hidden.pow(2).mean(-1, keepdim=True)
     normed = hidden * torch.rsqrt(variance + config.rms_norm_eps)
     return normed * (weight + config.family.norm_offset)
