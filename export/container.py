@@ -21,6 +21,8 @@ from ..quantize.store import QuantizedCheckpoint
 from ..quantize.windows import Windows
 from ..tokenizer.tokenizer import Tokenizer
 
+ANY_DIGEST = "0" * 64  # as long as one that is not known yet
+
 
 @dataclass(frozen=True, slots=True)
 class ReadBack:
@@ -54,6 +56,39 @@ class Deployment:
     adapted: frozenset[Kind] = frozenset()
     hexagon: int | None = None
     calibration: Windows | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Base:
+    """The model that a separate adapter is made for.
+
+    Attributes:
+        deployment: that of its files.
+        weights_digest: of all its quantized weights; of the same length before they are known.
+        digests: {source name: sha256 hex} of each weight.
+    """
+
+    config: DecoderConfig
+    plan: Plan
+    tokenizer: Tokenizer
+    deployment: Deployment
+    weights_digest: str
+    digests: Mapping[str, str]
+
+    @classmethod
+    def of(cls, model: QuantizedCheckpoint, tokenizer: Tokenizer, deployment: Deployment) -> Base:
+        """A model that is quantized."""
+        digests = {name: record.digest for name, record in model.records.items()}
+        given = (model.decoder, model.plan, tokenizer, deployment, model.weights_digest)
+        return cls(*given, digests)
+
+    @classmethod
+    def planned(
+        cls, config: DecoderConfig, plan: Plan, tokenizer: Tokenizer, deployment: Deployment
+    ) -> Base:
+        """A model that is not quantized yet."""
+        digests = {choice.weight.name: ANY_DIGEST for choice in plan.choices}
+        return cls(config, plan, tokenizer, deployment, f"sha256:{ANY_DIGEST}", digests)
 
 
 class Minimum(NamedTuple):
@@ -146,20 +181,16 @@ class Container(Protocol):
     def refuse_adapter(self, adapter: Adapter) -> None:
         """Raise Unsupported if the adapter cannot stay separate from its base."""
 
-    def predict_adapter(self, adapter: Adapter, config: DecoderConfig) -> dict[str, int]:
+    def predict_adapter(self, adapter: Adapter, base: Base) -> dict[str, int]:
         """{file name: bytes} of what `write_adapter` would write, to the byte."""
 
-    def write_adapter(
-        self, adapter: Adapter, config: DecoderConfig, folder: Path, base: str, scale: float = 1.0
-    ) -> Path:
-        """Write an adapter as a file of its own, fsynced; `base`: the base's weights digest.
+    def write_adapter(self, adapter: Adapter, base: Base, folder: Path, scale: float = 1.0) -> Path:
+        """Write an adapter as a file of its own, fsynced and bound to its base.
 
         A runtime that applies the file with scale 1 applies `scale` times the adapter.
         """
 
-    def check_adapter(
-        self, path: Path, adapter: Adapter, config: DecoderConfig, base: str, scale: float = 1.0
-    ) -> None:
+    def check_adapter(self, path: Path, adapter: Adapter, base: Base, scale: float = 1.0) -> None:
         """Read an adapter's file back; raise ValidationFailed where it differs."""
 
     def refuse_foreign_adapter(self, path: Path, base: str) -> None:

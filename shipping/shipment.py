@@ -11,7 +11,7 @@ from .. import bundle
 from ..adapters.adapter import Adapter
 from ..architectures import weights
 from ..errors import Unsupported, UsageError, ValidationFailed
-from ..export.container import Container, Deployment
+from ..export.container import Base, Container, Deployment
 from ..quantize.plan import Plan
 from ..quantize.store import QuantizedCheckpoint
 from ..quantize.windows import Windows
@@ -68,8 +68,9 @@ class Job:
         """{path in the bundle: bytes} of the model's files, FILE first, and of adapters."""
         given = (source.decoder, plan, source.tokenizer, source.name, self.deployment)
         files = self.container.predict(*given)
+        base = Base.planned(source.decoder, plan, source.tokenizer, self.deployment)
         for adapter in separate_adapters(source):
-            predicted = self.container.predict_adapter(adapter, source.decoder)
+            predicted = self.container.predict_adapter(adapter, base)
             files |= {f"{_ADAPTERS}{name}": size for name, size in predicted.items()}
         return files
 
@@ -196,11 +197,10 @@ def pack(
     adapters = []
     if source.mode == "separate" and source.adapters:
         (folder / _ADAPTERS).mkdir()
-        base = quantized.weights_digest
+        base = Base.of(quantized, source.tokenizer, job.deployment)
         for entry, adapter in source.adapters:
-            given = (adapter, source.decoder)
-            path = job.container.write_adapter(*given, folder / _ADAPTERS, base, entry.scale)
-            job.container.check_adapter(path, *given, base, entry.scale)
+            path = job.container.write_adapter(adapter, base, folder / _ADAPTERS, entry.scale)
+            job.container.check_adapter(path, adapter, base, entry.scale)
             adapters.append(path)
     progress(stage, 1, 2)
     read_back = job.container.check(quantized, folder)

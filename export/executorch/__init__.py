@@ -12,20 +12,25 @@ from typing import Any
 
 import numpy.typing as npt
 
-from ...adapters.adapter import Adapter
 from ...architectures import DecoderConfig
-from ...errors import Unsupported
 from ...quantize.blocks import Quantized
 from ...quantize.grid import Float32
 from ...quantize.plan import Plan
 from ...quantize.store import QuantizedCheckpoint
 from ...tokenizer.tokenizer import Tokenizer
-from ..container import Deployment, Minimum, ReadBack, foreign_adapter
+from ..container import Base, Deployment, Minimum, ReadBack
 from ..file import write_aligned, write_bytes
 from ..layout import ALIGNMENT
-from . import compare, device, layout, packing, program, reader
-from .decoder import decoder_method
+from . import compare, device, files, layout, packing, reader
+from .adapter import (
+    check_adapter,
+    predict_adapter,
+    refuse_adapter,
+    refuse_foreign_adapter,
+    write_adapter,
+)
 from .device import notes, readme
+from .files import WEIGHTS
 from .tokenizer import TOKENIZER, refuse_tokenizer, tokenizer_json
 
 __all__ = [
@@ -55,11 +60,9 @@ __all__ = [
 ]
 
 NAME = "executorch"
-FILE = reader.MODEL
+FILE = files.MODEL
 LIBRARIES = ("flatbuffers",)
 CALIBRATED, PROOF, ESTIMATED = False, tuple[str, ...](), tuple[str, ...]()
-_ANY_DIGEST = "0" * 64
-_DIGEST = 16  # hexadecimal digits of a weight's digest in its key
 
 
 def context_length(config: DecoderConfig) -> int:
@@ -82,9 +85,7 @@ def refuse(config: DecoderConfig, plan: Plan, tokenizer: Tokenizer) -> None:
 
 
 def refuse_deployment(deployment: Deployment) -> None:
-    """Raise Unsupported for separate adapters."""
-    if deployment.adapted:
-        raise _no_adapters("ExecuTorch programs do not take separate adapters")
+    """The same files serve every device."""
 
 
 def predict(
@@ -92,12 +93,10 @@ def predict(
 ) -> dict[str, int]:
     """{file name: bytes}, to the byte."""
     placed = layout.layout(config, plan, deployment)
-    digests = {choice.weight.name: _ANY_DIGEST for choice in plan.choices}
-    head = _head(config, placed, tokenizer, deployment, digests)
-    return {
-        FILE: len(head) + placed.layout.nbytes,
-        TOKENIZER: len(tokenizer_json(tokenizer)),
-    }
+    heads = _heads(Base.planned(config, plan, tokenizer, deployment), placed)
+    sizes = {file: len(head) for file, head in heads.items()}
+    sizes[_holder(deployment)] += placed.layout.nbytes
+    return {**sizes, TOKENIZER: len(tokenizer_json(tokenizer))}
 
 
 def tensor_bytes(config: DecoderConfig, plan: Plan) -> dict[str, int]:
@@ -108,18 +107,18 @@ def tensor_bytes(config: DecoderConfig, plan: Plan) -> dict[str, int]:
 def write(
     model: QuantizedCheckpoint, tokenizer: Tokenizer, folder: Path, deployment: Deployment
 ) -> list[Path]:
-    """Write program and tokenizer, and fsync them.
+    """Write program and tokenizer, and fsync them; with separate adapters the weights aside.
 
     Raises:
         Unsupported: as `refuse`, or a float table beyond float16.
     """
-    config = model.decoder
-    placed = layout.layout(config, model.plan, deployment)
-    digests = {name: record.digest for name, record in model.records.items()}
-    head = _head(config, placed, tokenizer, deployment, digests)
+    placed = layout.layout(model.decoder, model.plan, deployment)
+    heads = _heads(Base.of(model, tokenizer, deployment), placed)
     write_bytes(folder / TOKENIZER, tokenizer_json(tokenizer))
-    write_aligned(folder / FILE, head, _data(model, placed), ALIGNMENT)
-    return [folder / FILE, folder / TOKENIZER]
+    for file, head in heads.items():
+        tensors = _data(model, placed) if file == _holder(deployment) else ()
+        write_aligned(folder / file, head, tensors, ALIGNMENT)
+    return [folder / file for file in (*heads, TOKENIZER)]
 
 
 def read_back(
@@ -134,35 +133,6 @@ def check(model: QuantizedCheckpoint, folder: Path) -> ReadBack:
     return compare.check(model, folder)
 
 
-def refuse_adapter(adapter: Adapter) -> None:
-    """Raise Unsupported: programs with adapters beside them are not written."""
-    raise _no_adapters(f"the adapter {adapter.name} cannot stay separate")
-
-
-def predict_adapter(adapter: Adapter, config: DecoderConfig) -> dict[str, int]:
-    """Raise Unsupported, as `refuse_adapter`."""
-    raise _no_adapters(f"the adapter {adapter.name} cannot stay separate")
-
-
-def write_adapter(
-    adapter: Adapter, config: DecoderConfig, folder: Path, base: str, scale: float = 1.0
-) -> Path:
-    """Raise Unsupported, as `refuse_adapter`."""
-    raise _no_adapters(f"the adapter {adapter.name} cannot stay separate")
-
-
-def check_adapter(
-    path: Path, adapter: Adapter, config: DecoderConfig, base: str, scale: float = 1.0
-) -> None:
-    """Raise Unsupported, as `refuse_adapter`."""
-    raise _no_adapters(f"the adapter {adapter.name} cannot stay separate")
-
-
-def refuse_foreign_adapter(path: Path, base: str) -> None:
-    """Raise BadInput: a bundle of this container has no adapters."""
-    raise foreign_adapter(path, "an ExecuTorch program takes no adapters")
-
-
 def minimum_runtime(
     config: DecoderConfig, plan: Plan, tokenizer: Tokenizer, separate: bool
 ) -> Minimum:
@@ -170,28 +140,16 @@ def minimum_runtime(
     return device.minimum_runtime()
 
 
-def _head(
-    config: DecoderConfig,
-    placed: layout.Placed,
-    tokenizer: Tokenizer,
-    deployment: Deployment,
-    digests: Mapping[str, str],
-) -> bytes:
-    """The file up to its tensors.
+def _holder(deployment: Deployment) -> str:
+    """The file with the weights."""
+    return WEIGHTS if deployment.adapted else FILE
 
-    XNNPACK may share what it packed between programs by key, so that a key says what it holds.
-    """
-    keys = {
-        tensor.name: f"{tensor.name}:{digests[tensor.choices[0].weight.name][:_DIGEST]}"
-        for tensor in placed.layout.tensors
-        if tensor.choices
-    }
-    context = deployment.context
-    methods = [
-        decoder_method(config, placed, context, keys, all_logits=every) for every in (False, True)
-    ]
-    data = program.Data(placed.layout.tensors, placed.layout.nbytes, placed.constants, keys)
-    return program.serialize(methods, device.metadata(config, tokenizer, context), data)
+
+def _heads(base: Base, placed: layout.Placed) -> dict[str, bytes]:
+    """{file: what lies before its tensors}"""
+    if not base.deployment.adapted:
+        return {FILE: files.whole(base, placed)}
+    return {FILE: files.sharing(base, placed), WEIGHTS: files.weights(base, placed)}
 
 
 def _data(
@@ -200,11 +158,3 @@ def _data(
     """Name, bytes and content of every tensor."""
     for tensor in placed.layout.tensors:
         yield tensor.name, tensor.nbytes, packing.parts(tensor, model)
-
-
-def _no_adapters(what: str) -> Unsupported:
-    return Unsupported(
-        what,
-        "programs that share a base with adapters are not written yet",
-        "merge it: --adapter-mode merged, one bundle for each adapter; or --container gguf, onnx",
-    )

@@ -7,6 +7,7 @@ and the cache are ExecuTorch's custom kernels, as the stock runners of Android a
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 
 from ...architectures import DecoderConfig, Kind, Rope
 from ..layout import Matrix, Stored
@@ -14,6 +15,9 @@ from .layout import GELU_BEND, GELU_CUBE, HIDDEN, Placed, masks, tensors_of
 from .program import LARGEST, Method
 from .subgraph import TOKENS, Subgraph, Tensor, Value
 
+# {(layer, kind): a (rank, inputs) and b (outputs, rank)} of low-rank updates b @ a of matrices
+Updates = Mapping[tuple[int | None, Kind], tuple[Stored, Stored]]
+NO_UPDATES: Updates = MappingProxyType({})
 FORWARD, ALL_LOGITS = "forward", "all_logits"
 CHUNK = 64  # tokens of the longest run of ALL_LOGITS, whose result lies in memory
 _BYTE = (-128, 127)
@@ -26,20 +30,27 @@ def decoder_method(
     context: int,
     keys: Mapping[str, str],
     *,
+    outside: bool = False,
+    updates: Updates = NO_UPDATES,
     all_logits: bool,
 ) -> Method:
     """A method `(tokens (1, n) int64, position (1,) int64) -> logits (1, 1, vocab) float32`.
 
     Args:
-        keys: of the tensors that XNNPACK reads.
+        keys: of the tensors that XNNPACK reads, and of all others that lie outside.
+        outside: whether the tensors of `placed` lie in another file.
+        updates: of matrices, whose factors are among the keys too.
         all_logits: of every token, (1, n, vocab), and not of the last alone; n up to CHUNK.
     """
-    constants = {tensor.name: index for index, tensor in enumerate(placed.constants, 1)}
+    constants: dict[str, int | str] = {
+        tensor.name: keys[tensor.name] if outside else index
+        for index, tensor in enumerate(placed.constants, 1)
+    }
     if all_logits:
         method = Method(ALL_LOGITS, min(CHUNK, context), constants)
     else:
         method = Method(FORWARD, context, constants)
-    _Decoder(method, config, placed, context, keys).build(all_logits)
+    _Decoder(method, config, placed, context, keys, updates).build(all_logits)
     return method
 
 
@@ -51,9 +62,10 @@ class _Decoder:
         placed: Placed,
         context: int,
         keys: Mapping[str, str],
+        updates: Updates,
     ) -> None:
         self.method, self.config, self.placed = method, config, placed
-        self.context, self.keys = context, keys
+        self.context, self.keys, self.updates = context, keys, updates
         self.stored = placed.layout.by_name
         self.norms = dict(config.family.norms)
         self.tokens = method.input("int64", (1, TOKENS))
@@ -63,7 +75,7 @@ class _Decoder:
         method.call("aten::sym_size.int", self.tokens, 1, out=count)
         method.call("executorch_prim::add.Scalar", self.start, count, out=self.end)
         self.turns: dict[Rope, tuple[Tensor, ...]] = {
-            rope: tuple(self.rows(table, *table.shape[1:]) for table in pair)
+            rope: tuple(self.rows(table) for table in pair)
             for rope, pair in zip(config.ropes, placed.tables, strict=True)
         }
 
@@ -108,10 +120,10 @@ class _Decoder:
             return graph, self.scaled(graph, stream, self.config.embedding_multiplier)
         return graph, self.rest(graph, stream, graph.input(mixed), layer - 1)
 
-    def rows(self, table: Stored, *shape: int) -> Tensor:
+    def rows(self, table: Stored) -> Tensor:
         """Those of the positions of a run."""
-        held = self.method.constant(table, "float32", (table.shape[0], *shape))
-        operator, shape = "aten::slice_copy.Tensor_out", (TOKENS, *shape)
+        held = self.method.constant(table)
+        operator, shape = "aten::slice_copy.Tensor_out", (TOKENS, *table.shape[1:])
         return self.method.made(operator, held, 0, self.start, self.end, 1, shape=shape)
 
     def mask(self, seen: int) -> Tensor:
@@ -119,8 +131,8 @@ class _Decoder:
         positions = self.placed.positions
         assert positions is not None, "layout places them where masks are needed"
         graph = self.new_graph()
-        token = graph.input(self.rows(positions, 1))
-        other = graph.input(self.method.constant(positions, "float32", (self.context,)))
+        token = graph.input(self.rows(positions))
+        other = graph.reshaped(graph.input(self.method.constant(positions)), 1, self.context)
         ahead = graph.op("XNNSubtract", token, other)
         zero = self.number(graph, 0.0)
         early = graph.op("XNNSubtract", self.number(graph, float(seen - 1)), ahead)
@@ -135,19 +147,17 @@ class _Decoder:
         method, shape = self.method, (1, TOKENS, self.config.hidden_size)
         table = self.placed.looked_up[0]
         if len(self.placed.looked_up) == 1:
-            held = method.constant(table, "float16", table.shape)
+            held = method.constant(table)
             operator = "aten::embedding.out"
             rows = method.made(
                 operator, held, self.tokens, -1, False, False, dtype="float16", shape=shape
             )
             return method.made("aten::_to_copy.out", rows, False, None, shape=shape)
         scale = self.placed.looked_up[1]
-        scales = method.constant(scale, "float32", scale.shape)
+        held, scales = method.constant(table), method.constant(scale)
         if table.dtype == "|i1":
-            held = method.constant(table, "int8", table.shape)
             operator, ends = "quantized_decomposed::embedding_byte.out", _BYTE
         else:
-            held = method.constant(table, "uint8", table.shape)
             operator, ends = "quantized_decomposed::embedding_4bit.out", _NIBBLE
         return method.made(operator, held, scales, None, *ends, self.tokens, shape=shape)
 
@@ -314,9 +324,17 @@ class _Decoder:
 
     def vector(self, graph: Subgraph, tensor: Stored) -> Value:
         """A few numbers of the file that the graph adds or multiplies by."""
-        return graph.input(self.method.constant(tensor, "float32", tensor.shape))
+        return graph.input(self.method.constant(tensor))
 
     def matrix(self, graph: Subgraph, x: Value, layer: int | None, kind: Kind) -> Value:
+        """The product with a weight, and what an adapter adds to it."""
+        made = self.base(graph, x, layer, kind)
+        if (layer, kind) not in self.updates:
+            return made
+        first, second = (graph.weight(factor) for factor in self.updates[layer, kind])
+        return graph.op("XNNAdd", made, graph.product(graph.product(x, first), second))
+
+    def base(self, graph: Subgraph, x: Value, layer: int | None, kind: Kind) -> Value:
         matrix: Matrix = self.placed.layout.matrices[layer, kind]
         bias = None
         if matrix.bias:

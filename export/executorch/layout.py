@@ -88,7 +88,7 @@ def layout(config: DecoderConfig, plan: Plan, deployment: Deployment) -> Placed:
         number: Stored(f"{NUMBER}{number!r}", "<f4", (1,), (), "values")
         for number in _numbers(config, masked)
     }
-    positions = [Stored(POSITIONS, "<f4", (deployment.context,), (), "values")] if masked else []
+    positions = [Stored(POSITIONS, "<f4", (deployment.context, 1), (), "values")] if masked else []
     constants = [*looked_up, *tables, *positions, *vectors, *numbers.values()]
     stored = {tensor.name: tensor for tensor in constants}
     for matrix in multiplied:
@@ -121,9 +121,11 @@ def masks(config: DecoderConfig, context: int) -> dict[int, int]:
 
 
 def _numbers(config: DecoderConfig, masked: Mapping[int, int]) -> list[float]:
-    """All but 1, of which products leave their factor as it is."""
-    found = [config.rms_norm_eps, config.embedding_multiplier, config.residual_multiplier]
-    found += [config.family.norm_offset, 1 / config.logits_divisor]
+    """What is added, or multiplied by where that changes anything."""
+    factors = (config.embedding_multiplier, config.residual_multiplier, 1 / config.logits_divisor)
+    found = [config.rms_norm_eps, *(factor for factor in factors if factor != 1)]
+    if config.family.norm_offset:
+        found.append(config.family.norm_offset)
     if config.logits_softcap is not None:
         found += [config.logits_softcap, 1 / config.logits_softcap]
     if config.attention_softcap is not None:

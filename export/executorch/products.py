@@ -5,9 +5,10 @@ Part of the reader, which shares no code with what writes the file.
 
 from __future__ import annotations
 
+import re
 import struct
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,6 +19,7 @@ MOST = 1_000_000  # nodes and values of all graphs together
 MANY, FEW = 100_000, 64  # elements of a long vector; of a short one, such as a shape
 LONGEST = 512  # bytes of a name
 _HEADER = struct.Struct("<4x4sHIIIQ")
+_FACTOR = re.compile(r"(.+\.lora_[ab]):[0-9a-f]{16}")
 _INPUT, _OUTPUT = 1, 2  # flags of a value
 _NONE, _NAMED = 2**32 - 1, 2**64 - 1  # no value; an offset that a name stands in for
 _FP32 = 1  # an XNNDatatype, as those that follow
@@ -42,6 +44,7 @@ class Product:
         bits: of a code, signed or raised by 8; 32: the weight is float32.
         group: inputs that share a scale; None: a scale for each output, or none.
         weight, scale, bias: keys of the file; None: there is none.
+        source, made: values of the graph, x before it is rounded and what the node makes.
     """
 
     shape: tuple[int, int]
@@ -50,6 +53,8 @@ class Product:
     weight: str
     scale: str | None
     bias: str | None
+    source: int = field(compare=False)
+    made: int = field(compare=False)
 
 
 class Operand(NamedTuple):
@@ -114,8 +119,17 @@ def read_graph(payload: memoryview, sizes: Mapping[str, int]) -> Graph:
         values[value.id] = value
     inputs = _external(values, _INPUT, 0)
     outputs = _external(values, _OUTPUT, len(inputs))
-    uses = tuple(_uses(graph, values, constants, {id: n for n, id in enumerate(inputs)}))
+    sums: set[frozenset[int]] = set()
+    places = {id: n for n, id in enumerate(inputs)}
+    uses = tuple(_uses(graph, values, constants, places, sums))
+    _require_updates([use for use in uses if isinstance(use, Product)], sums)
     return Graph(graph.XnodesLength() + len(values), len(inputs), len(outputs), uses)
+
+
+def factor_of(key: str) -> str | None:
+    """The name of a factor of an update, of its key; None: it is the key of something else."""
+    found = _FACTOR.fullmatch(key)
+    return found and found[1]
 
 
 def elements(table: Any, field: str, most: int) -> Iterator[Any]:
@@ -209,7 +223,9 @@ def _uses(
     values: Mapping[int, _Value],
     constants: list[str | None],
     inputs: Mapping[int, int],
+    sums: set[frozenset[int]],
 ) -> Iterator[Product | Operand]:
+    """What the nodes use; pairs that are added go to `sums`."""
     schema, rounded = generated(XNNPACK), _Values()
     for node in elements(graph, "Xnodes", MANY):
         kind, given = member(schema, "XNodeUnion", node.XnodeUnionType(), node.XnodeUnion())
@@ -218,12 +234,34 @@ def _uses(
         elif kind in ("XNNAdd", "XNNMultiply"):
             ids = (given.Input1Id(), given.Input2Id())
             yield from (Operand(kind, inputs[id]) for id in ids if id in inputs)
+            if kind == "XNNAdd":
+                sums.add(frozenset(ids))
         elif kind == "XNNFullyConnected":
             key = constants[values[given.FilterId()].constant]
             if key is not None:
                 if given.Flags() or node.OutputMinMax() is not None:
                     raise ValueError(f"the product with {key} is transposed or clamped")
                 yield _product(given, key, values, constants, rounded)
+
+
+def _require_updates(products: list[Product], sums: set[frozenset[int]]) -> None:
+    """ValueError unless factors come in pairs, behind the product that their own is added to."""
+    for place, first in enumerate(products):
+        factor = factor_of(first.weight)
+        if factor is None or factor.endswith("lora_b"):
+            continue  # every b is asked for by its a
+        if not 0 < place < len(products) - 1:
+            raise ValueError(f"{factor} stands alone")
+        base, second = products[place - 1], products[place + 1]
+        stem = factor.removesuffix(".lora_a")
+        if (
+            base.weight.rpartition(":")[0] not in (f"{stem}.codes", f"{stem}.weight")
+            or factor_of(second.weight) != f"{stem}.lora_b"
+            or (first.bits, first.bias, second.bits, second.bias) != (32, None, 32, None)
+            or (first.source, second.source) != (base.source, first.made)
+            or frozenset((base.made, second.made)) not in sums
+        ):
+            raise ValueError(f"{factor} is not a part of an update of {stem}")
 
 
 def _product(
@@ -247,9 +285,9 @@ def _product(
         scale, group = _scale(key, weight, constants)
     if (source.datatype, source.means, source.constant) != (_FP32, "", 0):
         raise ValueError(f"{key} is not multiplied by float32 numbers")
-    return Product(
-        (rows, columns), bits, group, key, scale, _bias(key, node.BiasId(), rows, values, constants)
-    )
+    bias = _bias(key, node.BiasId(), rows, values, constants)
+    given = ((rows, columns), bits, group, key, scale, bias)
+    return Product(*given, source.id, node.OutputId())
 
 
 def _require_rounded(key: str, x: _Value) -> None:

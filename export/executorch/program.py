@@ -23,9 +23,10 @@ _TYPES: dict[Dtype, tuple[int, int]] = {  # number in scalar_type.fbs, bytes
     "float16": (5, 2),
     "float32": (6, 4),
 }
-_DYNAMIC_BOUND, _SEGMENT, _ARENA = 1, 1, 1
-_HEADER = struct.Struct("<4sIQQQ")
-_HEADER_ROOM = 32  # a multiple of what the flatbuffer is aligned to
+_DTYPES: dict[str, Dtype] = {"|u1": "uint8", "|i1": "int8", "<f2": "float16", "<f4": "float32"}
+_DYNAMIC_BOUND, _SEGMENT, _ARENA, _EXTERNAL = 1, 1, 1, 1
+_HEADER, _DATA_HEADER = struct.Struct("<4sIQQQ"), struct.Struct("<4sIQQQQ")
+_HEADER_ROOM, _DATA_ROOM = 32, 48  # multiples of what a flatbuffer is aligned to
 _VERSION = 0
 LARGEST = 2**63 - 1  # "to the end", of a slice
 
@@ -56,13 +57,13 @@ class Method:
 
     Args:
         tokens: of the longest run.
-        constants: {stored tensor: its place in the constant segment}.
+        constants: {stored tensor: its place in the constant segment, or its key in a .ptd file}.
 
     Attributes:
         graphs: what the delegates are handed, in their order.
     """
 
-    def __init__(self, name: str, tokens: int, constants: Mapping[str, int]) -> None:
+    def __init__(self, name: str, tokens: int, constants: Mapping[str, int | str]) -> None:
         self.name, self.tokens, self.graphs = name, tokens, list[bytes]()
         self._constants = constants
         self._values: list[flatbuffer.Values] = []
@@ -70,7 +71,7 @@ class Method:
         self._operators: list[tuple[str, str]] = []
         self._instructions: list[flatbuffer.Values] = []
         self._planned: dict[int, _Planned] = {}
-        self._held: dict[tuple[str, Shape], Tensor] = {}
+        self._held: dict[str, Tensor] = {}
         self._inputs: list[int] = []
         self._outputs: list[int] = []
 
@@ -79,12 +80,18 @@ class Method:
         self._inputs.append(tensor.index)
         return tensor
 
-    def constant(self, stored: Stored, dtype: Dtype, shape: Shape) -> Tensor:
-        """A tensor of the file."""
-        if (stored.name, shape) not in self._held:
-            place = {"data_buffer_idx": self._constants[stored.name]}
-            self._held[stored.name, shape] = self._tensor(dtype, shape, place)
-        return self._held[stored.name, shape]
+    def constant(self, stored: Stored) -> Tensor:
+        """A tensor of the file, or of the one beside it."""
+        if stored.name not in self._held:
+            place, fields = self._constants[stored.name], dict[str, Any]()
+            if isinstance(place, int):
+                fields["data_buffer_idx"] = place
+            else:
+                outside = {"fully_qualified_name": place, "location": _EXTERNAL}
+                fields["extra_tensor_info"] = outside
+            dtype = _DTYPES[stored.dtype]
+            self._held[stored.name] = self._tensor(dtype, stored.shape, fields)
+        return self._held[stored.name]
 
     def buffer(self, dtype: Dtype, shape: Shape) -> Tensor:
         """Memory that keeps what it holds from run to run; at first it holds anything."""
@@ -210,7 +217,7 @@ class Data:
     tensors: Sequence[Stored]
     nbytes: int
     constants: Sequence[Stored]
-    keys: dict[str, str]
+    keys: Mapping[str, str]
 
 
 def serialize(methods: Sequence[Method], plans: list[flatbuffer.Values], data: Data) -> bytes:
@@ -231,8 +238,8 @@ def serialize(methods: Sequence[Method], plans: list[flatbuffer.Values], data: D
         "segment_index": len(segments),
         "offsets": [0, *(tensor.offset for tensor in data.constants)],
     }
-    last = data.constants[-1]
-    segments.append({"offset": place, "size": last.offset + last.nbytes})
+    size = max((tensor.offset + tensor.nbytes for tensor in data.constants), default=0)
+    segments.append({"offset": place, "size": size})
     named = []
     for tensor in data.tensors:
         if tensor.name in data.keys:
@@ -259,12 +266,37 @@ def serialize(methods: Sequence[Method], plans: list[flatbuffer.Values], data: D
 def framed(program: flatbuffer.Values, nbytes: int) -> bytes:
     """The flatbuffer with its header; segments of `nbytes` in all follow, counted from its end."""
     content = flatbuffer.encode(schema.PROGRAM, program)
-    root = int.from_bytes(content[:4], "little") + _HEADER_ROOM
     size = len(content) + _HEADER_ROOM
     base = padded(size)
     header = _HEADER.pack(b"eh00", _HEADER.size, size, base, nbytes)
-    start = root.to_bytes(4, "little") + content[4:8] + header.ljust(_HEADER_ROOM, b"\0")
-    return (start + content[8:]).ljust(base, b"\0")
+    return _with_room(content, header.ljust(_HEADER_ROOM, b"\0")).ljust(base, b"\0")
+
+
+def data_head(data: Data) -> bytes:
+    """A .ptd file up to its tensors: every one under its key, constants with their shapes."""
+    named: list[flatbuffer.Values] = []
+    for index, tensor in enumerate(data.tensors):
+        entry: flatbuffer.Values = {"key": data.keys[tensor.name], "segment_index": index}
+        if tensor in data.constants:
+            entry["tensor_layout"] = {
+                "scalar_type": _TYPES[_DTYPES[tensor.dtype]][0],
+                "sizes": list(tensor.shape),
+                "dim_order": list(range(len(tensor.shape))),
+            }
+        named.append(entry)
+    segments = [{"offset": tensor.offset, "size": tensor.nbytes} for tensor in data.tensors]
+    table = {"version": _VERSION, "segments": segments, "named_data": named}
+    content = flatbuffer.encode(schema.DATA, table)
+    base = padded(len(content) + _DATA_ROOM)
+    sizes = (_DATA_ROOM, len(content), base, data.nbytes)
+    header = _DATA_HEADER.pack(b"FH01", _DATA_HEADER.size, *sizes)
+    return _with_room(content, header.ljust(_DATA_ROOM, b"\0")).ljust(base, b"\0")
+
+
+def _with_room(content: bytes, header: bytes) -> bytes:
+    """A flatbuffer with a header behind its identifier; its root moves on."""
+    root = int.from_bytes(content[:4], "little") + len(header)
+    return root.to_bytes(4, "little") + content[4:8] + header + content[8:]
 
 
 def _execution_plan(

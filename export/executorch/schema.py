@@ -1,4 +1,5 @@
-"""The schemas of a .pte file: ExecuTorch's program.fbs, and XNNPACK's schema.fbs inside of it.
+"""The schemas of a .pte file: ExecuTorch's program.fbs, and XNNPACK's schema.fbs inside of it;
+and that of a .ptd file, flat_tensor.fbs.
 
 As far as our files need them; field numbers are slots of the flatbuffers.
 """
@@ -51,7 +52,9 @@ PROGRAM = Schema(
             5: ("data_buffer_idx", "uint32"),
             6: ("allocation_info", "AllocationDetails"),
             8: ("shape_dynamism", "int8"),
+            9: ("extra_tensor_info", "ExtraTensorInfo"),
         },
+        "ExtraTensorInfo": {1: ("fully_qualified_name", "string"), 2: ("location", "int8")},
         "AllocationDetails": {
             0: ("memory_id", "uint32"),
             1: ("memory_offset_low", "uint32"),
@@ -87,6 +90,30 @@ PROGRAM = Schema(
             for name in ("KernelCall", "DelegateCall", "MoveCall", "JumpFalseCall", "FreeCall")
         },
     },
+)
+
+DATA = Schema(
+    identifier=b"FT01",
+    root="FlatTensor",
+    tables={
+        "FlatTensor": {
+            0: ("version", "uint32"),
+            1: ("segments", "[DataSegment]"),
+            2: ("named_data", "[NamedData]"),
+        },
+        "DataSegment": {0: ("offset", "uint64"), 1: ("size", "uint64")},
+        "NamedData": {
+            0: ("key", "string"),
+            1: ("segment_index", "uint32"),
+            2: ("tensor_layout", "TensorLayout"),
+        },
+        "TensorLayout": {
+            0: ("scalar_type", "int8"),
+            1: ("sizes", "[int32]"),
+            2: ("dim_order", "[uint8]"),
+        },
+    },
+    unions={},
 )
 
 _ONE, _TWO = "_XNNNode1x1", "_XNNNode2x1"

@@ -16,7 +16,7 @@ from ...quantize.grid import Float32
 from ...quantize.plan import Plan
 from ...quantize.store import QuantizedCheckpoint
 from ...tokenizer.tokenizer import Tokenizer
-from ..container import Deployment, ReadBack, foreign_adapter, normalization_notes
+from ..container import Base, Deployment, ReadBack, foreign_adapter, normalization_notes
 from . import compare, layout, reader
 from .adapter import BASE, predict_adapter, refuse_adapter, write_adapter
 from .device import minimum_runtime, readme
@@ -127,11 +127,9 @@ def check(model: QuantizedCheckpoint, folder: Path) -> ReadBack:
     return compare.check(model, folder / FILE)
 
 
-def check_adapter(
-    path: Path, adapter: Adapter, config: DecoderConfig, base: str, scale: float = 1.0
-) -> None:
+def check_adapter(path: Path, adapter: Adapter, base: Base, scale: float = 1.0) -> None:
     """Compare an adapter's file with the adapter and the base that it is for."""
-    compare.check_adapter(path, adapter, config, base, scale)
+    compare.check_adapter(path, adapter, base, scale)
 
 
 def refuse_foreign_adapter(path: Path, base: str) -> None:

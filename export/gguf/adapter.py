@@ -12,6 +12,7 @@ from ...architectures import DecoderConfig, Weight, weights
 from ...errors import Unsupported
 from ...quantize.ggml import Type
 from ...quantize.grid import Float32
+from ..container import Base
 from .packing import row_order
 from .writer import TensorInfo, Value, file_bytes, write_file
 
@@ -28,17 +29,14 @@ def refuse_adapter(adapter: Adapter) -> None:
         )
 
 
-def predict_adapter(adapter: Adapter, config: DecoderConfig) -> dict[str, int]:
+def predict_adapter(adapter: Adapter, base: Base) -> dict[str, int]:
     """{file name: bytes} of what `write_adapter` writes, to the byte."""
-    anywhere = "sha256:" + "0" * 64
-    size = file_bytes(_metadata(adapter, config, anywhere), _infos(_pairs(adapter, config)))
+    size = file_bytes(_metadata(adapter, base), _infos(_pairs(adapter, base.config)))
     return {f"{adapter.name}.gguf": size}
 
 
-def write_adapter(
-    adapter: Adapter, config: DecoderConfig, folder: Path, base: str, scale: float = 1.0
-) -> Path:
-    """Write and fsync `NAME.gguf`, a LoRA in float32, bound to its base by `base`, a digest.
+def write_adapter(adapter: Adapter, base: Base, folder: Path, scale: float = 1.0) -> Path:
+    """Write and fsync `NAME.gguf`, a LoRA in float32, bound to its base by the digest.
 
     llama.cpp scales b @ a by alpha / rank, with one alpha for the file and the rank of each tensor.
     So alpha is the largest rank, and what is left of each true scale goes into b, times `scale`.
@@ -47,9 +45,9 @@ def write_adapter(
         Unsupported: the adapter is more than an addition to matrices of the base.
     """
     refuse_adapter(adapter)
-    pairs, path = _pairs(adapter, config), folder / f"{adapter.name}.gguf"
-    metadata = _metadata(adapter, config, base)
-    write_file(path, metadata, _infos(pairs), _data(adapter, config, pairs, scale))
+    pairs, path = _pairs(adapter, base.config), folder / f"{adapter.name}.gguf"
+    data = _data(adapter, base.config, pairs, scale)
+    write_file(path, _metadata(adapter, base), _infos(pairs), data)
     return path
 
 
@@ -58,14 +56,14 @@ def _pairs(adapter: Adapter, config: DecoderConfig) -> list[tuple[Weight, Delta]
     return [(w, adapter.deltas[w.name]) for w in weights(config) if w.name in adapter.deltas]
 
 
-def _metadata(adapter: Adapter, config: DecoderConfig, base: str) -> dict[str, Value]:
+def _metadata(adapter: Adapter, base: Base) -> dict[str, Value]:
     return {
-        "general.architecture": config.family.gguf,
+        "general.architecture": base.config.family.gguf,
         "general.type": "adapter",
         "general.name": adapter.name,
         "adapter.type": "lora",
         "adapter.lora.alpha": float(max(adapter.ranks)),
-        BASE: base,
+        BASE: base.weights_digest,
     }
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ...adapters.adapter import Adapter
-from ...architectures import DecoderConfig, Weight, weights
+from ...architectures import Weight, weights
 from ...errors import ValidationFailed
 from ...quantize.blocks import BlockTensor, Quantized
 from ...quantize.compiled import compiled
@@ -21,7 +21,7 @@ from ...quantize.ggml import Type, dequantize_rows
 from ...quantize.grid import Float32, Int8
 from ...quantize.store import QuantizedCheckpoint
 from ...quantize.tensor import QuantizedTensor
-from ..container import ReadBack
+from ..container import Base, ReadBack
 from ..readback import compare_weights, differs, float_error
 from .reader import Stored, matched, open_gguf, source_rows, unpack
 
@@ -89,23 +89,22 @@ def _agrees(codes: Int8, scale: Float32, rows: npt.NDArray[np.int64], values: Fl
     return True
 
 
-def check_adapter(
-    path: Path, adapter: Adapter, config: DecoderConfig, base: str, scale: float
-) -> None:
+def check_adapter(path: Path, adapter: Adapter, base: Base, scale: float) -> None:
     """Read an adapter's file back and compare both factors of every update.
 
     Args:
-        base: the weights digest that the file must name.
+        base: what the file must be made for, by its digest.
         scale: the user's factor on the adapter.
 
     Raises:
         BadInput: the file is malformed.
         ValidationFailed: a factor differs, an update is missing or left over, or the base differs.
     """
-    file = open_gguf(path)
+    file, config = open_gguf(path), base.config
     wanted = {weight.gguf: weight for weight in weights(config) if weight.name in adapter.deltas}
     names = {f"{name}.{half}" for name in wanted for half in ("lora_a", "lora_b")}
-    if set(file.tensors) != names or file.metadata.get("slimport.base_weights_digest") != base:
+    named = file.metadata.get("slimport.base_weights_digest")
+    if set(file.tensors) != names or named != base.weights_digest:
         raise _not_the_adapter(path, "its updates or its base are others")
     for name, weight in wanted.items():
         first, second = (

@@ -17,16 +17,15 @@ import numpy.typing as npt
 import onnxruntime as ort
 
 from ...adapters.adapter import Adapter
-from ...architectures import DecoderConfig, Weight, weights
+from ...architectures import Weight, weights
 from ...errors import BadInput, Unsupported, ValidationFailed
 from ...quantize.floats import half
-from ..container import foreign_adapter
+from ..container import Base, foreign_adapter
 from ..file import sync_folder
 from .layout import FLOAT16, FLOAT32, Float
 
 SUFFIX = ".onnx_adapter"
 _ADAPTER_VERSION, _MODEL_VERSION = 1, 1
-_ANY_DIGEST = "sha256:" + "0" * 64
 Factor = npt.NDArray[np.floating[Any]]
 
 
@@ -50,13 +49,10 @@ def refuse_adapter(adapter: Adapter) -> None:
         )
 
 
-def predict_adapter(
-    adapter: Adapter, config: DecoderConfig, activations: Float = FLOAT32
-) -> dict[str, int]:
+def predict_adapter(adapter: Adapter, base: Base, activations: Float = FLOAT32) -> dict[str, int]:
     """{file name: bytes} of what `write_adapter` writes, to the byte: it is written with zeros."""
     zeros = {
-        name: np.zeros_like(factor)
-        for name, factor in _factors(adapter, config, _ANY_DIGEST, 1.0, activations)
+        name: np.zeros_like(factor) for name, factor in _factors(adapter, base, 1.0, activations)
     }
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "sizes"
@@ -66,9 +62,8 @@ def predict_adapter(
 
 def write_adapter(
     adapter: Adapter,
-    config: DecoderConfig,
+    base: Base,
     folder: Path,
-    base: str,
     scale: float = 1.0,
     activations: Float = FLOAT32,
 ) -> Path:
@@ -82,7 +77,7 @@ def write_adapter(
     """
     refuse_adapter(adapter)
     path = folder / f"{adapter.name}{SUFFIX}"
-    _export(dict(_factors(adapter, config, base, scale, activations)), path)
+    _export(dict(_factors(adapter, base, scale, activations)), path)
     with path.open("rb") as file:
         os.fsync(file.fileno())
     sync_folder(folder)
@@ -92,8 +87,7 @@ def write_adapter(
 def check_adapter(
     path: Path,
     adapter: Adapter,
-    config: DecoderConfig,
-    base: str,
+    base: Base,
     scale: float = 1.0,
     activations: Float = FLOAT32,
 ) -> None:
@@ -104,7 +98,7 @@ def check_adapter(
         ValidationFailed: a factor differs, or an update is missing or left over.
     """
     stored = read_adapter(path)
-    wanted = dict(_factors(adapter, config, base, scale, activations))
+    wanted = dict(_factors(adapter, base, scale, activations))
     if stored.keys() != wanted.keys():
         name = min(stored.keys() ^ wanted.keys())
         raise _not_the_adapter(path, f"{name} is missing or left over")
@@ -145,14 +139,14 @@ def refuse_foreign_adapter(path: Path, base: str, activations: Float = FLOAT32) 
 
 
 def _factors(
-    adapter: Adapter, config: DecoderConfig, base: str, scale: float, activations: Float
+    adapter: Adapter, base: Base, scale: float, activations: Float
 ) -> Iterator[tuple[str, Factor]]:
     """The graph's inputs and what they get, in the order of the forward pass."""
-    for weight in weights(config):
+    for weight in weights(base.config):
         delta = adapter.deltas.get(weight.name)
         if delta is None:
             continue
-        first, second = adapter_inputs(_matrix(weight), base)
+        first, second = adapter_inputs(_matrix(weight), base.weights_digest)
         a, b = delta.a.T, (delta.b * np.float32(scale * delta.scale)).T
         for name, factor in ((first, a), (second, b)):
             rounded = half(name, factor) if activations == FLOAT16 else factor

@@ -16,7 +16,7 @@ from ...quantize.grid import Float32
 from ...quantize.plan import Plan
 from ...quantize.store import QuantizedCheckpoint
 from ...tokenizer.tokenizer import Tokenizer
-from ..container import Deployment, Minimum, ReadBack, foreign_adapter
+from ..container import Base, Deployment, Minimum, ReadBack, foreign_adapter
 from ..file import sync_folder, write_aligned, write_bytes
 from ..layout import ALIGNMENT, Layout
 from . import calibration, compare, device, layout, packing, reader, sdk, tables
@@ -198,21 +198,17 @@ def refuse_adapter(adapter: Adapter) -> None:
     raise _no_adapters(f"the adapter {adapter.name} cannot stay separate")
 
 
-def predict_adapter(adapter: Adapter, config: DecoderConfig) -> dict[str, int]:
+def predict_adapter(adapter: Adapter, base: Base) -> dict[str, int]:
     """Raise Unsupported, as `refuse_adapter`."""
     raise _no_adapters(f"the adapter {adapter.name} cannot stay separate")
 
 
-def write_adapter(
-    adapter: Adapter, config: DecoderConfig, folder: Path, base: str, scale: float = 1.0
-) -> Path:
+def write_adapter(adapter: Adapter, base: Base, folder: Path, scale: float = 1.0) -> Path:
     """Raise Unsupported, as `refuse_adapter`."""
     raise _no_adapters(f"the adapter {adapter.name} cannot stay separate")
 
 
-def check_adapter(
-    path: Path, adapter: Adapter, config: DecoderConfig, base: str, scale: float = 1.0
-) -> None:
+def check_adapter(path: Path, adapter: Adapter, base: Base, scale: float = 1.0) -> None:
     """Raise Unsupported, as `refuse_adapter`."""
     raise _no_adapters(f"the adapter {adapter.name} cannot stay separate")
 

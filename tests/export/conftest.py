@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from slimport.adapters.adapter import Adapter
 from slimport.adapters.lora import read_adapter
 from slimport.architectures import DecoderConfig, decoder_config
 from slimport.checkpoint import Checkpoint
+from slimport.export.container import Base, Deployment
 from slimport.quantize.grid import Float32, Grid, round_scale
 from slimport.quantize.plan import Plan, make_plan
 from slimport.quantize.store import Record, float_digest
@@ -161,6 +163,12 @@ class Model:
     @property
     def weights_digest(self) -> str:
         return weights_digest({name: self.records[name].digest for name in self.grids})
+
+    def base(self, digest: str | None = None, **fields: Any) -> Base:
+        """What adapters are made for; `fields` are those of Base that a container reads."""
+        given: dict[str, Any] = {"tokenizer": None, "deployment": Deployment(64), **fields}
+        base = Base.of(self, **given)  # type: ignore[arg-type]
+        return dataclasses.replace(base, weights_digest=digest) if digest else base
 
     @property
     def grids(self) -> dict[str, str]:

@@ -74,6 +74,7 @@ def logits(
         windows: int32 (n, length) token ids, as they are: nothing is put before them.
         out: becomes a .npy file of float32 (n, length, vocabulary).
         kv_cache: the dtype that the program has; no other can be asked for.
+        adapter: the program of an adapter, which runs in the place of the base's.
         threads: CPU threads; all by default.
 
     Raises:
@@ -83,7 +84,7 @@ def logits(
     """
     refuse_empty(windows)
     arguments = {"windows": windows.tolist(), "out": str(out), **_threads(threads)}
-    _call("logits", file, progress, **arguments)
+    _call("logits", file, progress, adapter=adapter, **arguments)
 
 
 def exact_logits(file: Path, windows: Ids, out: Path, *, adapter: Path | None = None) -> float:
@@ -97,7 +98,7 @@ def exact_logits(file: Path, windows: Ids, out: Path, *, adapter: Path | None = 
     """
     refuse_empty(windows)
     arguments = {"windows": windows.tolist(), "out": str(out), **_threads(None)}
-    _call("exact_logits", file, **arguments)
+    _call("exact_logits", file, adapter=adapter, **arguments)
     return SAME_MODEL
 
 
@@ -140,7 +141,7 @@ def generate(
         ValidationFailed: ExecuTorch refuses the file or crashes.
     """
     given = {"prompts": as_lists(prompts), "max_tokens": max_tokens, **_threads(None)}
-    found = _call("generate", file, progress, **given)
+    found = _call("generate", file, progress, adapter=adapter, **given)
     return [Generation(tuple(tokens), stopped) for tokens, stopped in found]
 
 
@@ -164,7 +165,7 @@ def measure(
     """
     arguments: dict[str, Any] = {"context": context, "prompt_lengths": list(prompt_lengths)}
     arguments |= {"generated": max(2, generated), **_threads(None)}
-    found = _call("measure", file, progress, **arguments)
+    found = _call("measure", file, progress, adapter=adapter, **arguments)
     return Measurements(
         speed=tuple(Speed(**speed) for speed in found["speed"]),
         memory=Memory(**found["memory"]),
@@ -182,6 +183,17 @@ def _threads(threads: int | None) -> dict[str, Any]:
     return {"threads": worker.threads() if threads is None else threads}
 
 
-def _call(job: str, file: Path, progress: Progress | None = None, **arguments: Any) -> Any:
+def _call(
+    job: str,
+    file: Path,
+    progress: Progress | None = None,
+    *,
+    adapter: Path | None = None,
+    **arguments: Any,
+) -> Any:
+    """A job on a program; that of an adapter, with what lies beside `file`."""
     refuse_missing(file, "ExecuTorch runs a model.pte")
-    return worker.call(_WORKER, job, {"file": str(file), **arguments}, progress)
+    if adapter is not None:
+        refuse_missing(adapter, "ExecuTorch runs the program of an adapter")
+    given = {"file": str(adapter or file), "folder": str(file.parent)}
+    return worker.call(_WORKER, job, {**given, **arguments}, progress)

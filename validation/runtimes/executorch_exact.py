@@ -30,14 +30,14 @@ _EXACT = ".exact"  # behind the key of codes: that of the numbers
 _Segment = tuple[int, Iterable[npt.NDArray[Any]]]  # bytes, and the content in parts
 
 
-def write(file: Path, out: Path) -> None:
-    """Write the program of `file` in its exact form.
+def write(file: Path, out: Path, weights: Path | None = None) -> None:
+    """Write the program of `file` in its exact form; it too shares `weights`.
 
     Raises:
         ValidationFailed: the file cannot be read.
         EnvironmentFailed: the disk is full.
     """
-    program = Program.open(file)
+    program = Program.open(file, weights)
     values, segments = _exact(program)
     places, nbytes = [], 0
     for size, _ in segments:
@@ -72,7 +72,7 @@ def _exact(program: Program) -> tuple[Values, list[_Segment]]:
             named[matrix.codes + _EXACT] = nbytes, _Numbers(program, matrix)
         _widen(graph)
         for key in filter(None, (entry.get("named_key") for entry in graph["constant_data"])):
-            if key not in named:
+            if key not in named and key not in program.shared:
                 named[key] = _copied(program.named(key))
         content = with_header(flatbuffer.encode(schema.XNNPACK, graph), constants)
         segments.append(_copied(np.frombuffer(content, np.uint8)))

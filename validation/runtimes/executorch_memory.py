@@ -16,21 +16,21 @@ _FLOAT = 4
 _NONE = 2**32 - 1  # the external id of a value that stays inside of its graph
 
 
-def memory(file: Path) -> Memory:
+def memory(file: Path, weights: Path | None) -> Memory:
     """Memory of a program whose method `forward` is loaded.
 
-    The file is mapped. XNNPACK copies every matrix that it multiplies by into a layout of its own.
-    The cache lies in the method's arena with what goes from graph to graph; what a graph computes
-    for itself lies in a workspace that all graphs share. Both are for the longest run, a prompt as
-    long as the context: models of 11M to 33M weights then gained 0.87 to 1.18 times the sum of the
-    anonymous parts, and less with shorter prompts.
+    It is mapped, and so are the weights beside it. XNNPACK copies every matrix that it multiplies
+    by into a layout of its own. The cache lies in the method's arena with what goes from graph to
+    graph; what a graph computes for itself lies in a workspace that all graphs share. Both are for
+    the longest run, a prompt as long as the context: models of 11M to 33M weights then gained 0.87
+    to 1.18 times the sum of the anonymous parts, and less with shorter prompts.
     """
-    program = Program.open(file)
+    program = Program.open(file, weights)
     method = program.method(FORWARD)
     cache = _cache(method)
     graphs = [program.graph(segment)[0] for segment in program.graphs(method)]
     return Memory(
-        mapped=file.stat().st_size,
+        mapped=sum(path.stat().st_size for path in (file, weights) if path),
         repacked=sum(map(_packed, graphs)),
         kv_cache=cache,
         compute=sum(method["non_const_buffer_sizes"]) - cache + max(map(_workspace, graphs)),

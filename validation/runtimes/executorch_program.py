@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,8 +15,9 @@ from ...export import flatbuffer
 from ...export.executorch import schema
 from ...export.flatbuffer import Values
 
-_PROGRAM = struct.Struct("<4sIQQQ")  # magic, its size, of the flatbuffer, up to segments, of these
-_PROGRAM_START = 8  # behind the root's place and the identifier
+# magic, its size; the flatbuffer's (and what is before it); where segments begin, and their size
+_PROGRAM, _WEIGHTS = struct.Struct("<4sIQQQ"), struct.Struct("<4sIQQQQ")
+_START = 8  # behind the root's place and the identifier
 _GRAPH = struct.Struct("<4x4sHIIIQ")  # magic, its size, flatbuffer and its size, constants and size
 ROUNDED = "PerTokenDynamicQuant"  # what activations are, beside codes
 
@@ -45,63 +47,96 @@ class Program:
     Attributes:
         values: the flatbuffer.
         data: the segments, mapped.
+        shared: data by key that lies in the file beside it, mapped.
     """
 
     values: Values
     data: npt.NDArray[np.uint8]
+    shared: Mapping[str, npt.NDArray[np.uint8]]
 
     @classmethod
-    def open(cls, file: Path) -> Program:
-        """Map a file.
+    def open(cls, file: Path, weights: Path | None = None) -> Program:
+        """Map a file, and the one beside it whose data it shares.
 
         Raises:
             ValidationFailed: it is no program, or has more in it than slimport writes.
         """
-        try:
-            content: npt.NDArray[np.uint8] = np.memmap(file, np.uint8, "r")
-            header = content[_PROGRAM_START : _PROGRAM_START + _PROGRAM.size].tobytes()
-            magic, _, size, base, nbytes = _PROGRAM.unpack(header)
-            if magic != b"eh00":
-                raise ValueError("it has no header")
-            if content.size < base + nbytes:
-                raise ValueError(f"it has {content.size} bytes of {base + nbytes}")
-            values = flatbuffer.decode(schema.PROGRAM, content[:size].tobytes())
-        except (ValueError, IndexError, struct.error) as error:
-            raise ValidationFailed(
-                f"{file.name} is no ExecuTorch program",
-                f"it cannot be read: {error}",
-                "export it again from the model",
-            ) from error
-        return cls(values, content[base:])
+        values, data = _mapped(file, b"eh00", _PROGRAM, schema.PROGRAM)
+        shared = {}
+        if weights is not None:
+            table, content = _mapped(weights, b"FH01", _WEIGHTS, schema.DATA)
+            for entry in table["named_data"]:
+                place = table["segments"][entry.get("segment_index", 0)]
+                shared[entry["key"]] = _at(content, place)
+        return cls(values, data, shared)
 
     def method(self, name: str) -> Values:
         """The plan of a method."""
-        plans = self.values["execution_plan"]
-        found: Values = next(plan for plan in plans if plan["name"] == name)
-        return found
+        for plan in self.values.get("execution_plan", []):
+            if plan.get("name") == name:
+                return dict(plan)
+        raise _malformed(f"it has no method {name}")
 
     def segment(self, index: int) -> npt.NDArray[np.uint8]:
         """uint8 (bytes,), mapped."""
-        place = self.values["segments"][index]
-        start = place.get("offset", 0)
-        return self.data[start : start + place["size"]]
+        segments = self.values.get("segments", [])
+        if index >= len(segments):
+            raise _malformed(f"it has no segment {index}")
+        return _at(self.data, segments[index])
 
     def named(self, key: str) -> npt.NDArray[np.uint8]:
         """The data that graphs know by this key."""
-        (found,) = (entry for entry in self.values["named_data"] if entry["key"] == key)
-        return self.segment(found.get("segment_index", 0))
+        if key in self.shared:
+            return self.shared[key]
+        for entry in self.values.get("named_data", []):
+            if entry.get("key") == key:
+                return self.segment(entry.get("segment_index", 0))
+        raise _malformed(f"nothing has the key {key}")
 
     def graph(self, segment: int) -> tuple[Values, bytes]:
         """What XNNPACK is handed: a graph, and the constants inside of it."""
         content = self.segment(segment).tobytes()
-        _, _, start, size, constants, count = _GRAPH.unpack_from(content)
-        values = flatbuffer.decode(schema.XNNPACK, content[start : start + size])
+        try:
+            _, _, start, size, constants, count = _GRAPH.unpack_from(content)
+            values = flatbuffer.decode(schema.XNNPACK, content[start : start + size])
+        except (ValueError, IndexError, struct.error) as error:
+            raise _malformed(f"segment {segment} is no graph: {error}") from error
         return values, content[constants : constants + count]
 
     @staticmethod
     def graphs(method: Values) -> list[int]:
         """The segments of a method's graphs."""
-        return [delegate["processed"].get("index", 0) for delegate in method["delegates"]]
+        return [each["processed"].get("index", 0) for each in method.get("delegates", [])]
+
+
+def _mapped(
+    file: Path, magic: bytes, header: struct.Struct, tables: flatbuffer.Schema
+) -> tuple[Values, npt.NDArray[np.uint8]]:
+    """The flatbuffer of a file, and the data behind it."""
+    try:
+        content: npt.NDArray[np.uint8] = np.memmap(file, np.uint8, "r")
+        fields = header.unpack(content[_START : _START + header.size].tobytes())
+        found, _, *before, base, nbytes = fields
+        if found != magic:
+            raise ValueError("it has no header")
+        if content.size < base + nbytes:
+            raise ValueError(f"it has {content.size} bytes of {base + nbytes}")
+        values = flatbuffer.decode(tables, content[: sum(before)].tobytes())
+    except (ValueError, IndexError, struct.error) as error:
+        raise _malformed(f"{file.name} cannot be read: {error}") from error
+    return values, content[base:]
+
+
+def _at(data: npt.NDArray[np.uint8], place: Values) -> npt.NDArray[np.uint8]:
+    """What a segment holds."""
+    start = place.get("offset", 0)
+    return data[start : start + place.get("size", 0)]
+
+
+def _malformed(why: str) -> ValidationFailed:
+    return ValidationFailed(
+        "a program is not as slimport writes them", why, "export it again from the model"
+    )
 
 
 def coded(graph: Values) -> list[Coded]:

@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from ...errors import BadInput, ValidationFailed
 from ...export.executorch.decoder import ALL_LOGITS, FORWARD
+from ...export.executorch.files import WEIGHTS
 from ...export.executorch.tokenizer import TOKENIZER
 from ...quantize.grid import Float32
 from .. import worker
@@ -52,6 +53,12 @@ def _package() -> Path:
     return Path(found.submodule_search_locations[0])
 
 
+def weights_of(folder: Path) -> Path | None:
+    """The weights that programs in `folder` share; None: they have their own."""
+    weights = folder / WEIGHTS
+    return weights if weights.exists() else None
+
+
 @contextmanager
 def _refusals(what: str) -> Iterator[None]:
     """As `refusals`, with the last line that ExecuTorch wrote to its log: it says more."""
@@ -73,12 +80,16 @@ def _logged() -> str:
 
 
 class _Model:
-    """A program as a runner opens it; each method has a cache of its own."""
+    """A program as a runner opens it, with the weights in `folder` if they lie outside of it.
 
-    def __init__(self, file: Path, threads: int) -> None:
-        portable = runtime(threads)
+    Each method has a cache of its own.
+    """
+
+    def __init__(self, file: Path, folder: Path, threads: int) -> None:
+        portable, weights = runtime(threads), weights_of(folder)
         with _refusals(f"ExecuTorch does not load {file.name}"):
-            self.module = portable._load_for_executorch(str(file))
+            given = (str(file),) if weights is None else (str(file), str(weights))
+            self.module = portable._load_for_executorch(*given)
             self.vocab_size, self.context = (
                 self.told(name)[0] for name in ("get_vocab_size", "get_max_context_len")
             )
@@ -99,7 +110,8 @@ class _Model:
             )
 
     def run(self, method: str, ids: npt.NDArray[np.int32], position: int) -> Float32:
-        """Logits float32 (rows, vocabulary): they stand until the method runs again.
+        """Logits float32 (rows, vocabulary): they stand until the method runs again, as long as
+        the model lives.
 
         Raises:
             BadInput: as `refuse_longer`.
@@ -114,12 +126,12 @@ class _Model:
         return rows
 
 
-def _logits(file: str, windows: list[list[int]], out: str, threads: int) -> None:
-    ids = np.array(windows, np.int32)
-    model = _Model(Path(file), threads)
+def _logits(file: str, folder: str, windows: list[list[int]], out: str, threads: int) -> None:
+    ids, place = np.array(windows, np.int32), (Path(file), Path(folder))
+    model = _Model(*place, threads)
     model.refuse_longer(ids.shape[1])
     first = _as_a_runner(model, ids[0])
-    model = _Model(Path(file), threads)
+    model = _Model(*place, threads)  # anew: each method packs the weights for itself
     with writer(Path(out), (*ids.shape, model.vocab_size)) as target:
         for index, window in worker.counted(enumerate(ids), len(ids)):
             left = window.size - (len(first) if index == 0 else 0)
@@ -139,32 +151,32 @@ def _as_a_runner(model: _Model, ids: npt.NDArray[np.int32]) -> Float32:
     )
 
 
-def _exact_logits(file: str, windows: list[list[int]], out: str, threads: int) -> None:
+def _exact_logits(file: str, folder: str, windows: list[list[int]], out: str, threads: int) -> None:
     exact = Path(out).with_suffix(".exact.pte")
     try:
-        executorch_exact.write(Path(file), exact)
-        _logits(str(exact), windows, out, threads)
+        executorch_exact.write(Path(file), exact, weights_of(Path(folder)))
+        _logits(str(exact), folder, windows, out, threads)
     finally:
         exact.unlink(missing_ok=True)
 
 
-def _tokenize(file: str, texts: list[str]) -> list[list[int]]:
-    tokenizer = _tokenizer(file)
+def _tokenize(file: str, folder: str, texts: list[str]) -> list[list[int]]:
+    tokenizer = _tokenizer(folder)
     with _refusals("ExecuTorch's tokenizer cannot read a text"):
         return [list(tokenizer.encode(text)) for text in texts]
 
 
-def _tokenizer(file: str) -> Any:
+def _tokenizer(folder: str) -> Any:
     from pytorch_tokenizers import pytorch_tokenizers_cpp
 
     tokenizer = pytorch_tokenizers_cpp.HFTokenizer()
     with _refusals("ExecuTorch's tokenizer cannot read its file"):
-        tokenizer.load(str(Path(file).parent / TOKENIZER))
+        tokenizer.load(str(Path(folder) / TOKENIZER))
     return tokenizer
 
 
-def _vocabulary(file: str) -> dict[str, Any]:
-    model = _Model(Path(file), 1)
+def _vocabulary(file: str, folder: str) -> dict[str, Any]:
+    model = _Model(Path(file), Path(folder), 1)
     named = "get_bos_id" in model.module.method_names()
     return {
         "size": model.vocab_size,
@@ -174,10 +186,10 @@ def _vocabulary(file: str) -> dict[str, Any]:
 
 
 def _generate(
-    file: str, prompts: list[list[int]], max_tokens: int, threads: int
+    file: str, folder: str, prompts: list[list[int]], max_tokens: int, threads: int
 ) -> list[tuple[list[int], bool]]:
-    model = _Model(Path(file), threads)
-    ends, known = set(model.told("get_eos_ids")), int(_tokenizer(file).vocab_size())
+    model = _Model(Path(file), Path(folder), threads)
+    ends, known = set(model.told("get_eos_ids")), int(_tokenizer(folder).vocab_size())
     return [
         _greedy(model, np.array(prompt, np.int32), max_tokens, ends, known)
         for prompt in worker.counted(prompts, len(prompts))
@@ -200,20 +212,26 @@ def _greedy(
 
 
 def _measure(
-    file: str, context: int, prompt_lengths: list[int], generated: int, threads: int
+    file: str,
+    folder: str,
+    context: int,
+    prompt_lengths: list[int],
+    generated: int,
+    threads: int,
 ) -> dict[str, Any]:
     runtime(threads)
     before = rss()
-    model = _Model(Path(file), threads)
+    model = _Model(Path(file), Path(folder), threads)
     context = min(context, model.context)
     tokens = np.random.default_rng(0).integers(model.vocab_size, size=context, dtype=np.int32)
-    _time(model, tokens[: min(32, context - 2)], 2)  # the first run: not timed
+    if context > 2:
+        _time(model, tokens[: min(32, context - 2)], 2)  # the first run: not timed
     fitting = [length for length in prompt_lengths if length + 2 <= context]
     speed = [
         _time(model, tokens[:length], min(generated, context - length))
         for length in worker.counted(fitting, len(fitting))
     ]
-    memory = executorch_memory.memory(Path(file))
+    memory = executorch_memory.memory(Path(file), weights_of(Path(folder)))
     return {"speed": speed, "memory": memory.to_json(), **gained(before)}
 
 

@@ -16,7 +16,7 @@ from slimport.errors import BadInput, DependencyMissing, SlimportError, Validati
 from slimport.export import executorch as container
 from slimport.export import flatbuffer
 from slimport.export.container import Deployment
-from slimport.export.executorch import products, reader, schema, tools
+from slimport.export.executorch import opened, products, schema, tools
 from slimport.export.executorch.products import Product
 from slimport.export.executorch.reader import MODEL, open_file
 from slimport.tokenizer.tokenizer import Tokenizer
@@ -489,7 +489,7 @@ def test_damaged_tables_never_crash(damage: Damage, written: Written) -> None:
     assert found.weights_digest == model.weights_digest
 
 
-@pytest.mark.parametrize(("module", "limit"), [(products, "MANY"), (reader, "MOST")])
+@pytest.mark.parametrize(("module", "limit"), [(products, "MANY"), (opened, "MOST")])
 def test_tables_that_take_too_long_are_refused(
     module: Any, limit: str, written: Written, monkeypatch: pytest.MonkeyPatch
 ) -> None:

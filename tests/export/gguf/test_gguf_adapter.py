@@ -39,9 +39,9 @@ def test_llama_cpp_applies_what_peft_trained(
     model = in_memory(folder, patterns={"*": "float16"})
     adapter = read_tone(folder, tmp_path / "peft", model.decoder)
     (base,) = gguf.write(model, Tokenizer.open(folder), tmp_path)
-    file = gguf.write_adapter(adapter, model.decoder, tmp_path, BASE)
-    assert gguf.predict_adapter(adapter, model.decoder) == {"tone.gguf": file.stat().st_size}
-    gguf.check_adapter(file, adapter, model.decoder, BASE)
+    file = gguf.write_adapter(adapter, model.base(BASE), tmp_path)
+    assert gguf.predict_adapter(adapter, model.base()) == {"tone.gguf": file.stat().st_size}
+    gguf.check_adapter(file, adapter, model.base(BASE))
 
     tokens = np.random.default_rng(2).integers(0, 416, (1, 48), dtype=np.int32)
     with torch.inference_mode():
@@ -63,7 +63,7 @@ def test_memory_counts_a_separate_adapter(
     model = in_memory(tiny_llama)
     (base,) = gguf.write(model, Tokenizer.open(tiny_llama), tmp_path)
     adapter = read_tone(tiny_llama, tmp_path / "peft", model.decoder)
-    file = gguf.write_adapter(adapter, model.decoder, tmp_path, BASE)
+    file = gguf.write_adapter(adapter, model.base(BASE), tmp_path)
     alone = llamacpp.measure(base, 64, [16], generated=2, threads=1).memory
     beside = llamacpp.measure(base, 64, [16], generated=2, threads=1, adapter=file).memory
     stored = sum(tensor.rows.nbytes for tensor in open_gguf(file).tensors.values())
@@ -79,7 +79,7 @@ def test_alpha_over_rank_is_one_where_all_ranks_are_equal(
     train_adapter(tiny_llama, tmp_path, {"target_modules": ["k_proj"], "r": 4, "lora_alpha": 12})
     model = in_memory(tiny_llama)
     adapter = read_tone(tiny_llama, tmp_path, model.decoder)
-    file = open_gguf(gguf.write_adapter(adapter, model.decoder, tmp_path, BASE))
+    file = open_gguf(gguf.write_adapter(adapter, model.base(BASE), tmp_path))
     assert file.metadata["adapter.lora.alpha"] == 4
     assert file.metadata["general.type"] == "adapter"
     delta = adapter.deltas["model.layers.0.self_attn.k_proj.weight"]
@@ -96,8 +96,8 @@ def test_the_factor_of_the_command_line_is_in_the_file(
     adapter = read_tone(tiny_llama, tmp_path, model.decoder)
     (tmp_path / "half").mkdir()
     files = (
-        open_gguf(gguf.write_adapter(adapter, model.decoder, tmp_path, BASE)),
-        open_gguf(gguf.write_adapter(adapter, model.decoder, tmp_path / "half", BASE, 0.5)),
+        open_gguf(gguf.write_adapter(adapter, model.base(BASE), tmp_path)),
+        open_gguf(gguf.write_adapter(adapter, model.base(BASE), tmp_path / "half", 0.5)),
     )
     whole, half = (file.tensors["blk.0.attn_v.weight.lora_b"].rows.view("<f4") for file in files)
     np.testing.assert_array_equal(half, whole / 2)
@@ -122,12 +122,12 @@ def test_more_than_an_addition_is_refused(
     read_tone: Any,
 ) -> None:
     train_adapter(tiny_llama, tmp_path, settings)
-    config = in_memory(tiny_llama).decoder
-    adapter = read_tone(tiny_llama, tmp_path, config)
+    model = in_memory(tiny_llama)
+    adapter = read_tone(tiny_llama, tmp_path, model.decoder)
     with pytest.raises(Unsupported, match=why):
         gguf.refuse_adapter(adapter)
     with pytest.raises(Unsupported, match="--adapter-mode merged"):
-        gguf.write_adapter(adapter, config, tmp_path, BASE)
+        gguf.write_adapter(adapter, model.base(BASE), tmp_path)
     assert not list(tmp_path.glob("*.gguf"))
 
 
@@ -135,21 +135,21 @@ def test_another_file_than_the_adapter_is_noticed(
     tiny_llama: Path, in_memory: Any, tmp_path: Path, train_adapter: Any, read_tone: Any
 ) -> None:
     train_adapter(tiny_llama, tmp_path, {"target_modules": ["q_proj", "v_proj"], "r": 4})
-    config = in_memory(tiny_llama).decoder
-    adapter = read_tone(tiny_llama, tmp_path, config)
-    file = gguf.write_adapter(adapter, config, tmp_path, BASE, 0.5)
+    model = in_memory(tiny_llama)
+    adapter = read_tone(tiny_llama, tmp_path, model.decoder)
+    file = gguf.write_adapter(adapter, model.base(BASE), tmp_path, 0.5)
     gguf.refuse_foreign_adapter(file, BASE)
     with pytest.raises(BadInput, match="not an adapter of this base"):
         gguf.refuse_foreign_adapter(file, "sha256:" + "1" * 64)
-    gguf.check_adapter(file, adapter, config, BASE, 0.5)
+    gguf.check_adapter(file, adapter, model.base(BASE), 0.5)
     for base, scale in (("sha256:" + "cd" * 32, 0.5), (BASE, 1.0)):
         with pytest.raises(ValidationFailed, match="tone"):
-            gguf.check_adapter(file, adapter, config, base, scale)
-    nothing = gguf.write_adapter(adapter, config, tmp_path, BASE, 0.0)
-    gguf.check_adapter(nothing, adapter, config, BASE, 0.0)
-    file = gguf.write_adapter(adapter, config, tmp_path, BASE, 0.5)
+            gguf.check_adapter(file, adapter, model.base(base), scale)
+    nothing = gguf.write_adapter(adapter, model.base(BASE), tmp_path, 0.0)
+    gguf.check_adapter(nothing, adapter, model.base(BASE), 0.0)
+    file = gguf.write_adapter(adapter, model.base(BASE), tmp_path, 0.5)
     damaged = bytearray(file.read_bytes())
     damaged[-1] ^= 0x80  # the sign of the last number
     file.write_bytes(damaged)
     with pytest.raises(ValidationFailed, match="tone"):
-        gguf.check_adapter(file, adapter, config, BASE, 0.5)
+        gguf.check_adapter(file, adapter, model.base(BASE), 0.5)

@@ -58,10 +58,10 @@ def test_onnxruntime_applies_what_peft_trained(
             container.refuse_adapter(adapter)
         return
     base = write(model, folder, tmp_path / "base")
-    file = container.write_adapter(adapter, model.decoder, tmp_path, model.weights_digest)
-    predicted = container.predict_adapter(adapter, model.decoder)
+    file = container.write_adapter(adapter, model.base(), tmp_path)
+    predicted = container.predict_adapter(adapter, model.base())
     assert predicted == {"tone.onnx_adapter": file.stat().st_size}
-    container.check_adapter(file, adapter, model.decoder, model.weights_digest)
+    container.check_adapter(file, adapter, model.base())
     tokens = np.random.default_rng(2).integers(0, 416, (1, 48), dtype=np.int32)
     expected = logits(oracle, tokens)
     onnxruntime.logits(base, tokens, tmp_path / "o.npy", adapter=file)
@@ -97,9 +97,7 @@ def two(
         oracle = train_adapter(tiny_llama, folder / f"peft-{name}", values)
         adapter = read_tone(tiny_llama, folder / f"peft-{name}", model.decoder)
         (folder / name).mkdir()
-        files[name] = container.write_adapter(
-            adapter, model.decoder, folder / name, model.weights_digest
-        )
+        files[name] = container.write_adapter(adapter, model.base(), folder / name)
         expected[name] = logits(oracle, tokens)
         with oracle.disable_adapter():
             expected["base"] = logits(oracle, tokens)
@@ -148,7 +146,7 @@ def test_an_adapter_of_another_base_is_refused_by_the_runtime_itself(
     model, folder = two["model"], two["files"]["a"].parent.parent / "peft-a"
     adapter = read_tone(tiny_llama, folder, model.decoder)
     other = "sha256:" + "cd" * 32
-    file = container.write_adapter(adapter, model.decoder, tmp_path, other)
+    file = container.write_adapter(adapter, model.base(other), tmp_path)
     container.refuse_foreign_adapter(file, other)
     with pytest.raises(BadInput, match="not an adapter of this base"):
         container.refuse_foreign_adapter(file, model.weights_digest)
@@ -184,11 +182,12 @@ def test_more_than_an_addition_is_refused(
     tmp_path: Path,
 ) -> None:
     train_adapter(tiny_llama, tmp_path, settings)
-    adapter = read_tone(tiny_llama, tmp_path, in_memory(tiny_llama).decoder)
+    model = in_memory(tiny_llama)
+    adapter = read_tone(tiny_llama, tmp_path, model.decoder)
     with pytest.raises(Unsupported, match=why):
         container.refuse_adapter(adapter)
     with pytest.raises(Unsupported, match="--adapter-mode merged"):
-        container.write_adapter(adapter, in_memory(tiny_llama).decoder, tmp_path, "sha256:0")
+        container.write_adapter(adapter, model.base(), tmp_path)
     assert not list(tmp_path.glob("*.onnx_adapter"))
 
 
@@ -196,36 +195,36 @@ def test_a_damaged_or_partial_file_is_noticed(
     tiny_llama: Path, in_memory: Any, train_adapter: Any, read_tone: Any, tmp_path: Path
 ) -> None:
     train_adapter(tiny_llama, tmp_path, {"target_modules": ["q_proj", "v_proj"], "r": 4})
-    config, base = in_memory(tiny_llama).decoder, "sha256:" + "ab" * 32
-    adapter = read_tone(tiny_llama, tmp_path, config)
-    file = container.write_adapter(adapter, config, tmp_path, base, 0.5)
-    container.check_adapter(file, adapter, config, base, 0.5)
+    model = in_memory(tiny_llama)
+    base = model.base("sha256:" + "ab" * 32)
+    adapter = read_tone(tiny_llama, tmp_path, model.decoder)
+    file = container.write_adapter(adapter, base, tmp_path, 0.5)
+    container.check_adapter(file, adapter, base, 0.5)
     with pytest.raises(ValidationFailed, match="other numbers"):
-        container.check_adapter(file, adapter, config, base, 1.0)
+        container.check_adapter(file, adapter, base, 1.0)
     with pytest.raises(ValidationFailed, match="missing or left over"):
-        container.check_adapter(file, adapter, config, "sha256:" + "cd" * 32, 0.5)
+        container.check_adapter(file, adapter, model.base("sha256:" + "cd" * 32), 0.5)
     content = file.read_bytes()
     factor = next(iter(read_adapter(file).values())).tobytes()
     place = content.index(factor[:64])
     file.write_bytes(content[:place] + bytes([content[place] ^ 0x80]) + content[place + 1 :])
     with pytest.raises(ValidationFailed, match="other numbers"):
-        container.check_adapter(file, adapter, config, base, 0.5)
+        container.check_adapter(file, adapter, base, 0.5)
     for damaged in (b"", b"nothing", content[: len(content) // 2]):
         file.write_bytes(damaged)
         with pytest.raises(BadInput, match="not the adapter"):
-            container.check_adapter(file, adapter, config, base, 0.5)
+            container.check_adapter(file, adapter, base, 0.5)
 
 
 def test_two_writes_give_the_same_bytes(
     tiny_llama: Path, in_memory: Any, train_adapter: Any, read_tone: Any, tmp_path: Path
 ) -> None:
     train_adapter(tiny_llama, tmp_path, {"target_modules": "all-linear", "r": 4})
-    config = in_memory(tiny_llama).decoder
-    adapter = read_tone(tiny_llama, tmp_path, config)
+    model = in_memory(tiny_llama)
+    adapter = read_tone(tiny_llama, tmp_path, model.decoder)
     contents = set()
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
-        contents.add(
-            container.write_adapter(adapter, config, tmp_path / name, "sha256:00").read_bytes()
-        )
+        file = container.write_adapter(adapter, model.base(), tmp_path / name)
+        contents.add(file.read_bytes())
     assert len(contents) == 1

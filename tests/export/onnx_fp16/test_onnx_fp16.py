@@ -231,9 +231,9 @@ def toned(
     files = {}
     for to in (container, float32):
         (folder / to.NAME).mkdir()
-        given = (adapter, model.decoder)
-        files[to.NAME] = to.write_adapter(*given, folder / to.NAME, model.weights_digest)
-        to.check_adapter(files[to.NAME], *given, model.weights_digest)
+        given = (adapter, model.base())
+        files[to.NAME] = to.write_adapter(*given, folder / to.NAME)
+        to.check_adapter(files[to.NAME], *given)
         assert to.predict_adapter(*given) == {"tone.onnx_adapter": files[to.NAME].stat().st_size}
     tokens = tokens_of(model)[:1]
     with torch.inference_mode():
@@ -298,15 +298,12 @@ def test_an_adapter_in_float32_is_refused(toned: dict[str, Any]) -> None:
     with pytest.raises(ValidationFailed, match="cannot run"):
         logits(toned["base"], toned["tokens"], adapter=file)
     with pytest.raises(ValidationFailed, match="other numbers"):
-        given = (toned["adapter"], model.decoder, model.weights_digest)
-        container.check_adapter(file, *given)
+        container.check_adapter(file, toned["adapter"], model.base())
 
 
 def test_an_adapter_beyond_float16_is_refused(toned: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(Unsupported, match="does not fit float16"):
-        container.write_adapter(
-            toned["adapter"], toned["model"].decoder, tmp_path, "sha256:00", 1e8
-        )
+        container.write_adapter(toned["adapter"], toned["model"].base(), tmp_path, 1e8)
     assert not list(tmp_path.iterdir())
 
 

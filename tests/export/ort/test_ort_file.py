@@ -139,10 +139,9 @@ def test_adapters_switch_at_run_time_as_in_model_onnx(
     adapter = read_tone(tiny_llama, tmp_path / "lora", model.decoder)
     container.refuse_adapter(adapter)
     file = export(model, tiny_llama, tmp_path / "ort", Kind.Q, Kind.DOWN)
-    given = (adapter, model.decoder, file.parent, model.weights_digest)
-    tone = container.write_adapter(*given)
+    tone = container.write_adapter(adapter, model.base(), file.parent)
     assert tone.name == f"tone{SUFFIX}"
-    container.check_adapter(tone, adapter, model.decoder, model.weights_digest)
+    container.check_adapter(tone, adapter, model.base())
     other = as_onnx(model, tiny_llama, tmp_path / "onnx", Kind.Q, Kind.DOWN)
     tokens = windows(model.decoder.vocab_size)
     plain, adapted = logits(file, tokens), logits(file, tokens, adapter=tone)
