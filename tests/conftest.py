@@ -372,3 +372,22 @@ def finished(
         done = run("export", "--config", write_recipe(folder, tiny_llama))
     assert done.code == 0, done.err
     return folder / "dist" / "pocket"
+
+
+@pytest.fixture(scope="session")
+def make_adapter() -> Callable[..., Path]:
+    """make_adapter(model, folder, seed, modules) -> a LoRA whose effect is seen, by peft."""
+    from peft import LoraConfig, get_peft_model
+
+    def make(model: Path, folder: Path, seed: int, modules: list[str]) -> Path:
+        config = LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, target_modules=modules)
+        adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(model), config)
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for parameter in adapted.parameters():
+                if parameter.requires_grad:
+                    parameter += torch.randn(parameter.shape, generator=generator) * 0.05
+        adapted.save_pretrained(folder)
+        return folder
+
+    return make

@@ -77,6 +77,32 @@ def test_equal_inputs_give_equal_bytes(
     assert again == (folder / "model.pte").read_bytes()
 
 
+@pytest.mark.filterwarnings("ignore")  # peft
+def test_an_adapter_is_a_program_beside_the_weights_of_its_base(
+    exported: tuple[Path, Path], tiny_llama: Path, run: Run, tmp_path: Path, make_adapter: Any
+) -> None:
+    make_adapter(tiny_llama, tmp_path / "lora", 1, ["q_proj", "down_proj"])
+    words = ["--adapter", f"tone={tmp_path / 'lora'}", "--adapter-mode", "separate"]
+    given = ["--config", exported[0], *EXECUTORCH, *words, "--output", tmp_path / "dist"]
+    done = run("export", *given)
+    assert done.code == 0, done.err
+    folder = tmp_path / "dist" / "pocket"
+    report = json.loads((folder / "report" / "report.json").read_text())
+    assert report["adapters"][0]["mode"] == "separate"
+    assert (folder / "adapters" / "tone.pte").stat().st_size < 2 * 2**20
+    readme = (folder / "README.md").read_text()
+    assert 'TextLLMRunner("adapters/tone.pte", "tokenizer.json", "base_weights.ptd")' in readme
+    assert run("verify", folder).code == 0
+    (job,) = run("export", *given, "--dry-run", "--json").json["jobs"]
+    assert job["files"] == {name: (folder / name).stat().st_size for name in job["files"]}
+    content = bytearray((folder / "adapters" / "tone.pte").read_bytes())
+    place = content.index(b"sha256:")
+    content[place + 7 : place + 9] = b"zz"
+    (folder / "adapters" / "tone.pte").write_bytes(content)
+    with pytest.raises(BadInput, match=r"tone\.pte"):
+        pipeline.verify(folder)
+
+
 def test_a_flipped_bit_does_not_verify(exported: tuple[Path, Path], tmp_path: Path) -> None:
     folder = shutil.copytree(exported[1], tmp_path / "copy")
     content = bytearray((folder / "model.pte").read_bytes())

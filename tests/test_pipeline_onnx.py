@@ -9,9 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM
 
 from slimport import bundle, pipeline
 from slimport.errors import BadInput
@@ -26,28 +23,19 @@ Run = Callable[..., Any]
 ONNX = ["--container", "onnx", "-q"]
 
 
-def adapter(model: Path, folder: Path, seed: int, modules: list[str]) -> Path:
-    """A peft adapter whose effect is seen."""
-    config = LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, target_modules=modules)
-    adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(model), config)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in adapted.parameters():
-            if parameter.requires_grad:
-                parameter += torch.randn(parameter.shape, generator=generator) * 0.05
-    adapted.save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture(scope="module")
 def exported(
-    tiny_llama: Path, recipe_for: Run, run: Run, tmp_path_factory: pytest.TempPathFactory
+    tiny_llama: Path,
+    recipe_for: Run,
+    run: Run,
+    make_adapter: Run,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> tuple[Path, Path]:
     """A recipe and its bundle: a base with two separate adapters, judged in ONNX Runtime."""
     folder = tmp_path_factory.mktemp("onnx")
     recipe = recipe_for(folder, tiny_llama, more='adapter_mode = "separate"\n')
-    first = adapter(tiny_llama, folder / "first", 1, ["q_proj", "v_proj"])
-    second = adapter(tiny_llama, folder / "second", 2, ["down_proj"])
+    first = make_adapter(tiny_llama, folder / "first", 1, ["q_proj", "v_proj"])
+    second = make_adapter(tiny_llama, folder / "second", 2, ["down_proj"])
     done = run(
         *("export", "--config", recipe, *ONNX),
         *("--adapter", f"first={first}", "--adapter", f"second={second}"),
@@ -134,12 +122,17 @@ def test_a_changed_byte_is_found(file: str, exported: tuple[Path, Path], tmp_pat
 
 
 def test_an_adapter_of_another_base_does_not_verify(
-    exported: tuple[Path, Path], recipe_for: Run, make_model: Run, run: Run, tmp_path: Path
+    exported: tuple[Path, Path],
+    recipe_for: Run,
+    make_model: Run,
+    run: Run,
+    make_adapter: Run,
+    tmp_path: Path,
 ) -> None:
     folder = exported[1]
     copy = shutil.copytree(folder, tmp_path / "copy")
     other = make_model("llama", seed=7)
-    adapter(other, tmp_path / "first", 1, ["q_proj", "v_proj"])
+    make_adapter(other, tmp_path / "first", 1, ["q_proj", "v_proj"])
     made = recipe_for(tmp_path / "other", other, more='adapter_mode = "separate"\n')
     words = ("--adapter", f"first={tmp_path / 'first'}", "--no-validate")
     done = run("export", "--config", made, *ONNX, *words)

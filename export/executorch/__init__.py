@@ -30,7 +30,7 @@ from .adapter import (
     write_adapter,
 )
 from .device import notes, readme
-from .files import WEIGHTS
+from .layout import WEIGHTS
 from .tokenizer import TOKENIZER, refuse_tokenizer, tokenizer_json
 
 __all__ = [
@@ -60,7 +60,7 @@ __all__ = [
 ]
 
 NAME = "executorch"
-FILE = files.MODEL
+FILE = layout.MODEL
 LIBRARIES = ("flatbuffers",)
 CALIBRATED, PROOF, ESTIMATED = False, tuple[str, ...](), tuple[str, ...]()
 

@@ -11,7 +11,9 @@ from ...quantize.plan import Plan
 from ...tokenizer.tokenizer import Tokenizer
 from .. import flatbuffer
 from ..container import Minimum, normalization_notes
+from .layout import MODEL, WEIGHTS
 from .program import constant_method
+from .tokenizer import TOKENIZER
 
 EXECUTORCH = "1.4.1"
 _RUNTIME = "ExecuTorch"
@@ -68,6 +70,37 @@ def notes(config: DecoderConfig, plan: Plan, tokenizer: Tokenizer) -> list[str]:
 
 
 def readme(fields: Mapping[str, str], adapters: list[str]) -> str:
-    """The bundle's README.md; `fields` fill README.bundle.md."""
+    """The bundle's README.md; `fields` fill README.bundle.md, `adapters` are file names."""
     template = Template((Path(__file__).parent / "README.bundle.md").read_text(encoding="utf-8"))
-    return template.substitute(fields, executorch=EXECUTORCH)
+    rows = "".join(
+        f"| `{name}` | the program with an adapter: open it in the place of `{MODEL}` |\n"
+        for name in adapters
+    )
+    code = _sharing(adapters[0]) if adapters else _WHOLE
+    return template.substitute(fields, **code, adapter_rows=rows, executorch=EXECUTORCH)
+
+
+_WHOLE = {
+    "model_rows": f"| `{MODEL}` | the program and the weights |\n",
+    "opened": f'"{MODEL}", "{TOKENIZER}"',
+    "ends": '"pte"',
+    "names": f'"{MODEL}", "{TOKENIZER}"',
+    "given": "files[0], files[1], 0.7f",
+    "swift_adapters": "",
+}
+
+
+def _sharing(program: str) -> dict[str, str]:
+    """As _WHOLE, for the program of an adapter that takes its weights from the file beside it."""
+    return {
+        "model_rows": f"| `{MODEL}` | the program of the base |\n"
+        f"| `{WEIGHTS}` | the weights that all programs share |\n",
+        "opened": f'"{program}", "{TOKENIZER}", "{WEIGHTS}"',
+        "ends": '"pte", "ptd"',
+        "names": f'"{program}", "{TOKENIZER}", "{WEIGHTS}"',
+        "given": "LlmModule.MODEL_TYPE_TEXT, files[0], files[1], 0.7f, listOf(files[2])",
+        "swift_adapters": "`TextRunner` of this release opens a program alone, without the weights"
+        " beside it. An app calls `create_text_llm_runner(program, tokenizer, {weights})` of"
+        " `executorch/extension/llm/runner/llm_runner_helper.h` in C++, or ships a bundle of"
+        " `--adapter-mode merged`, for which this is the code:\n\n",
+    }

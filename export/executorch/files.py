@@ -14,8 +14,6 @@ from . import device, program
 from .decoder import NO_UPDATES, Updates, decoder_method
 from .layout import Placed
 
-MODEL = "model.pte"
-WEIGHTS = "base_weights.ptd"
 _DIGEST = 16  # hexadecimal digits of a tensor's digest in its key
 _NOTHING = program.Data((), 0, (), {})
 

@@ -20,6 +20,7 @@ from ...quantize.plan import Choice, Plan
 from ..container import Deployment
 from ..layout import Layout, Matrix, Stored
 
+MODEL, WEIGHTS = "model.pte", "base_weights.ptd"  # a program; the tensors of several
 LINEARS = ("int4-g32", "int8-row")
 LOOKUPS = ("int4-g32", "int8-row", "int8-g32")
 LOOKUP = ".lookup"  # tensors of a table that only the kernel reads

@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from ...errors import BadInput, ValidationFailed
 from ...export.executorch.decoder import ALL_LOGITS, FORWARD
-from ...export.executorch.files import WEIGHTS
+from ...export.executorch.layout import WEIGHTS
 from ...export.executorch.tokenizer import TOKENIZER
 from ...quantize.grid import Float32
 from .. import worker

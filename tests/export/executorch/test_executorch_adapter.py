@@ -13,7 +13,7 @@ from slimport.architectures import Kind
 from slimport.errors import BadInput, Unsupported, ValidationFailed
 from slimport.export import executorch as container
 from slimport.export.container import Deployment
-from slimport.export.executorch.files import WEIGHTS
+from slimport.export.executorch.layout import WEIGHTS
 from slimport.tokenizer.tokenizer import Tokenizer
 from slimport.validation.runtimes import executorch
 
