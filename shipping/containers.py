@@ -10,6 +10,7 @@ from typing import NamedTuple
 from ..errors import DependencyMissing, Unsupported
 from ..export.container import Container
 from ..validation.runtime import Runtime, Scorer
+from . import sdks
 
 NAMES = ("gguf", "onnx", "onnx-fp16", "ort", "executorch", "qnn")
 
@@ -27,7 +28,7 @@ def load(name: str) -> Pair:
 
     Raises:
         Unsupported: no container has this name.
-        DependencyMissing: a library that it needs cannot be imported.
+        DependencyMissing: a library that it needs cannot be imported, or its SDK is not there.
     """
     try:
         if name == "gguf":
@@ -67,6 +68,7 @@ def load(name: str) -> Pair:
             "pip install -c constraints.txt --editable . in slimport's folder; then run"
             " `slimport doctor`",
         ) from error
+    sdks.refuse(name)
     raise Unsupported(
         f"there is no container {name}",
         f"this slimport writes and reads {', '.join(NAMES)}",

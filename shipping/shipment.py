@@ -24,7 +24,7 @@ from ..validation.judge import Case, Judgement, fitted, golden_json, judge
 from ..validation.reward import RewardCase, RewardJudgement, judge_reward
 from ..validation.runtime import Runtime, Scorer
 from ..validation.runtimes.reference import Oracle
-from . import assembly, containers
+from . import assembly, containers, sdks
 from .assembly import Files
 from .source import Source
 from .texts import Texts, oracle
@@ -132,6 +132,8 @@ def _container(target: Target, wanted: str | None) -> Container:
     for name in (wanted,) if wanted else target.containers:
         if name in containers.NAMES:
             return containers.load(name).container
+    if wanted:
+        sdks.refuse(wanted)
     preferred = wanted or ", ".join(target.containers)
     raise Unsupported(
         f"target {target.name}: container {preferred} is not there yet",
