@@ -15,6 +15,7 @@ from typing import Any, NoReturn, TypeVar
 
 import click
 
+from . import log
 from .errors import EnvironmentFailed, SlimportError, UsageError
 from .recipe import Recipe, from_environment, load, parse_adapter, template
 from .settings import format_size
@@ -34,10 +35,23 @@ def _options(*options: Callable[[Command], Command]) -> Callable[[Command], Comm
     return decorate
 
 
+def _log(context: click.Context, parameter: click.Parameter, path: str | None) -> None:
+    """Open the log for as long as the command runs."""
+    if path is not None:
+        context.with_resource(log.writing(Path(path)))
+
+
 output_options = _options(
     click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout."),
     click.option("-q", "--quiet", is_flag=True, help="No progress on stderr."),
     click.option("--debug", is_flag=True, help="A traceback with errors."),
+    click.option(
+        "--log",
+        type=click.Path(),
+        expose_value=False,
+        callback=_log,
+        help="Add to this file what compilers and runtimes print, and when each stage began.",
+    ),
 )
 source_options = _options(
     click.argument("model", required=False),

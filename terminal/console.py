@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from .. import log
 from ..errors import SlimportError
 
 if TYPE_CHECKING:
@@ -22,12 +23,25 @@ Progress = Callable[[str, int, int], None]
 def progress(quiet: bool) -> Iterator[Progress]:
     """A callback (stage, done, total): bars on a terminal, one line per stage elsewhere."""
     if quiet:
-        yield lambda stage, done, total: None
+        yield _logged(lambda stage, done, total: None)
     elif sys.stderr.isatty():
         with _bars() as report:
-            yield report
+            yield _logged(report)
     else:
-        yield _lines()
+        yield _logged(_lines())
+
+
+def _logged(shown: Progress) -> Progress:
+    """As `shown`, with the first sign of each stage in the user's log."""
+    seen: set[str] = set()
+
+    def report(stage: str, done: int, total: int) -> None:
+        if stage not in seen:
+            seen.add(stage)
+            log.say(stage)
+        shown(stage, done, total)
+
+    return report
 
 
 def _lines() -> Progress:

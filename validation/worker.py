@@ -18,6 +18,7 @@ from contextlib import suppress
 from typing import IO, Any, NoReturn
 
 from .. import errors
+from .. import log as user_log
 
 Progress = Callable[[int, int], None]
 _LAST_LINES = 8
@@ -57,6 +58,7 @@ def call(
                 status = process.wait()
             finally:
                 process.kill()
+        _keep(f"{module.rpartition('.')[2]} {job} ended with status {status}", log)
         if answer is None:
             raise _crash(module, job, status, log)
     if "error" in answer:
@@ -83,6 +85,12 @@ def _converse(
         if progress is not None:
             progress(message["done"], message["total"])
     return None
+
+
+def _keep(what: str, log: IO[bytes]) -> None:
+    """Hand on to the user's log what a child printed."""
+    log.seek(0)
+    user_log.say(what, log.read())
 
 
 def _crash(module: str, job: str, status: int, log: IO[bytes]) -> errors.SlimportError:

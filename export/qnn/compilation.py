@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ... import log
 from ...errors import EnvironmentFailed, ValidationFailed
 from . import sdk
 from .chips import Chip
@@ -88,6 +89,7 @@ def _run(folder: Path, request: Mapping[str, Any]) -> None:
     command = [sys.executable, "-P", "-m", _WORKER, json.dumps(request)]
     done = subprocess.run(command, cwd=folder, stdin=subprocess.DEVNULL, capture_output=True)
     name = request["name"]
+    log.say(f"compiler of {name} ended with status {done.returncode}", done.stdout + done.stderr)
     if done.returncode == 0:
         return
     said = done.stderr.decode("utf-8", "replace").strip().splitlines()

@@ -10,6 +10,7 @@ import time
 
 import pytest
 
+from slimport import log
 from slimport.errors import EnvironmentFailed, Unsupported, ValidationFailed
 from slimport.validation import worker
 
@@ -129,3 +130,20 @@ def _runs(pid):
             return stat.read().rpartition(")")[2].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):
         return False
+
+
+def test_what_a_child_prints_goes_to_the_users_log(tmp_path):
+    with log.writing(tmp_path / "log.txt"):
+        assert call("add", a=1, b=2) == 3
+        with pytest.raises(ValidationFailed):
+            call("die", number=int(signal.SIGSEGV))
+    assert call("add", a=1, b=2) == 3
+    text = (tmp_path / "log.txt").read_text()
+    assert text.count("some_jobs add ended with status 0") == 1
+    assert text.count("noise that must not stand") == 1 and "the last words" in text
+    assert "some_jobs die ended with status -11" in text
+    with log.writing(tmp_path / "log.txt"):
+        pass
+    assert (tmp_path / "log.txt").read_text().startswith(text)
+    with pytest.raises(EnvironmentFailed, match="cannot be written"), log.writing(tmp_path):
+        pass
