@@ -8,7 +8,10 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
@@ -391,3 +394,43 @@ def make_adapter() -> Callable[..., Path]:
         return folder
 
     return make
+
+
+RUNNER = """
+import importlib.util, json, sys
+import torch
+from slimport.validation.runtimes import executorch_worker
+executorch_worker.runtime(1)
+place = next((executorch_worker._package() / "extension/llm/runner").glob("_llm_runner*.so"))
+spec = importlib.util.spec_from_file_location("_llm_runner", place)
+runner = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(runner)
+prompts, *files = sys.argv[1:]
+model = runner.TextLLMRunner(*files)
+for text, bos in json.loads(prompts):
+    settings = runner.GenerationConfig(
+        echo=False, max_new_tokens=16, temperature=0.0, num_bos=bos, num_eos=0
+    )
+    model.reset()
+    print("<<", end="", flush=True)
+    model.generate(text, settings)
+    print(">>", flush=True)
+"""
+
+
+@pytest.fixture(scope="session")
+def official_runner() -> Callable[..., list[tuple[bytes, int]]]:
+    """official_runner(folder, program, [(text, num_bos)], *weights) -> what ExecuTorch's C++ runner
+    of language models prints for each, and how many tokens it read.
+    """
+
+    def call(
+        folder: Path, program: str, prompts: list[tuple[str, int]], *weights: str
+    ) -> list[tuple[bytes, int]]:
+        files = [str(folder / name) for name in (program, "tokenizer.json", *weights)]
+        command = [sys.executable, "-c", RUNNER, json.dumps(prompts), *files]
+        done = subprocess.run(command, capture_output=True, check=True)
+        printed = re.findall(rb"<<(.*?)\nPyTorchObserver (\{.*?\})\n?>>", done.stdout, re.DOTALL)
+        return [(text, json.loads(told)["prompt_tokens"]) for text, told in printed]
+
+    return call

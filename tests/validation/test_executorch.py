@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -47,7 +44,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "granite": ("granite", {}),
     "phi3 with a window": ("phi3", {"sliding_window": 24}),
 }
-# Gemma's gelu and its large embeddings were off by 5e-5, the others by 1e-5.
+# Gemma's gelu and its large embeddings were off by 5e-5 to 1.1e-4, the others by 1e-5.
 NOISE = {"gemma": 2e-4, "gemma 2": 2e-4, "gemma 3": 2e-4}
 
 
@@ -128,7 +125,7 @@ def test_logits_are_those_of_transformers(
     name, config = FAMILIES[family]
     config = {"tie_word_embeddings": False, **config}
     plain = export(make_model(name, **config), tmp_path / "floats", "int8", **FLOATS)
-    ids, noise = windows(), NOISE.get(family, 5e-5)
+    ids, noise = windows(), NOISE.get(family, 2e-5)
     expected = meant(plain, tmp_path / "expected.npy", ids)
     assert np.abs(expected).max() > 1
     assert np.abs(run(plain.file, tmp_path / "got.npy", ids) - expected).max() < noise
@@ -159,45 +156,14 @@ def test_a_generation_ends_with_the_context(floats: Exported, here: None) -> Non
     assert found.stopped or len(found.tokens) == CONTEXT - 90 + 1
 
 
-RUNNER = """
-import importlib.util, json, sys
-from pathlib import Path
-import torch
-from slimport.validation.runtimes import executorch_worker
-executorch_worker.runtime(1)
-place = next((executorch_worker._package() / "extension/llm/runner").glob("_llm_runner*.so"))
-spec = importlib.util.spec_from_file_location("_llm_runner", place)
-runner = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(runner)
-folder = Path(sys.argv[1])
-model = runner.TextLLMRunner(str(folder / "model.pte"), str(folder / "tokenizer.json"))
-for text, bos in json.loads(sys.argv[2]):
-    settings = runner.GenerationConfig(
-        echo=False, max_new_tokens=16, temperature=0.0, num_bos=bos, num_eos=0
-    )
-    model.reset()
-    print("<<", end="", flush=True)
-    model.generate(text, settings)
-    print(">>", flush=True)
-"""
-
-
-def by_the_runner(folder: Path, prompts: list[tuple[str, int]]) -> list[tuple[bytes, int]]:
-    """What the official runner prints for (text, num_bos), and how many tokens it read."""
-    command = [sys.executable, "-c", RUNNER, str(folder), json.dumps(prompts)]
-    done = subprocess.run(command, capture_output=True, check=True)
-    printed = re.findall(rb"<<(.*?)\nPyTorchObserver (\{.*?\})\n?>>", done.stdout, re.DOTALL)
-    return [(text, json.loads(told)["prompt_tokens"]) for text, told in printed]
-
-
-def test_the_official_runner_says_the_same(floats: Exported) -> None:
+def test_the_official_runner_says_the_same(floats: Exported, official_runner: Any) -> None:
     """Its ids, its text, and its BOS; it prints no byte of a longer character that stands alone."""
     texts = ["Once upon a time", "the fox was cold", "é 🙂  two\n"]
     tokenizer = Tokenizer.open(floats.model)
     bos = tokenizer.library.id_to_token(tokenizer.bos_id)
     folder = floats.file.parent
     prompts = [*((text, 0) for text in texts), (texts[0], 1), (bos + texts[0], 0)]
-    printed = by_the_runner(folder, prompts)
+    printed = official_runner(folder, "model.pte", prompts)
     ids = [tokenizer.encode(text, add_special=bool(start)) for text, start in prompts]
     answers = executorch.generate(floats.file, ids, 16)
     for (text, read), given, answer in zip(printed, ids, answers, strict=True):

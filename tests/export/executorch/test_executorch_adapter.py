@@ -137,6 +137,21 @@ def test_generation_and_measures_run_the_adapter(toned: dict[str, Any]) -> None:
     assert beside.mapped == sum(sizes) and beside.repacked > alone.repacked
 
 
+def test_the_official_runner_opens_it_with_the_weights_of_the_base(
+    toned: dict[str, Any], official_runner: Any
+) -> None:
+    file, tone, tokenizer = toned["file"], toned["tone"], toned["base"].tokenizer
+    given = [("Once upon a time", 0)]
+    ids = tokenizer.encode(given[0][0])
+    for program, adapter in (("model.pte", None), ("adapters/tone.pte", tone)):
+        ((printed, read),) = official_runner(file.parent, program, given, WEIGHTS)
+        (answer,) = executorch.generate(file, [ids], 16, adapter=adapter)
+        assert read == len(ids)
+        pieces = [tokenizer.decode([token]) for token in answer.tokens]
+        # It prints no byte of a longer character, and no control character.
+        assert printed.decode() == "".join(p for p in pieces if p.isprintable() and p != "\ufffd")
+
+
 def test_another_adapter_or_base_is_noticed(toned: dict[str, Any], tmp_path: Path) -> None:
     tone, adapter, base = (toned[name] for name in ("tone", "adapter", "base"))
     container.check_adapter(tone, adapter, base, 0.5)
