@@ -1,7 +1,7 @@
 """Flatbuffers as plain values, and back, always in the same order.
 
 A table is {field: value}, a vector a list, a member of a union (its name, its table), a struct its
-bytes. What a table leaves out is 0 or missing, as flatbuffers have it.
+bytes. What a table leaves out is missing, or its default: 0, where the schema names none.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ class Schema:
             sorted. A union stands at the slot of its value; the one before holds its type.
         structs: {struct: bytes}.
         unions: {union: {member: its table}}, in the order of their types.
+        defaults: {table: {field: what it is where it is left out}}, where that is not 0.
     """
 
     identifier: bytes
@@ -47,6 +48,7 @@ class Schema:
     tables: Mapping[str, Mapping[int, tuple[str, str]]]
     structs: Mapping[str, int] = field(default_factory=dict)
     unions: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    defaults: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,10 +181,12 @@ class _Writer:
             for slot, (kind, value) in fields.items()
             if kind not in _SCALARS
         }
+        defaults = self.schema.defaults.get(name, {})
         self.builder.StartObject(1 + max(slots, default=-1))
         for slot, (kind, value) in fields.items():
             if kind in _SCALARS:
-                self.builder.PrependSlot(_SCALARS[kind], slot, value, 0)
+                default = defaults.get(slots[slot][0], 0)
+                self.builder.PrependSlot(_SCALARS[kind], slot, value, default)
                 continue
             if kind in self.schema.unions:
                 number = 1 + list(self.schema.unions[kind]).index(value[0])

@@ -10,7 +10,7 @@ from typing import Literal
 
 import numpy as np
 
-from ..architectures import Kind
+from ..architectures import DecoderConfig, Kind
 from ..quantize.grid import Grid
 from ..quantize.plan import Choice
 
@@ -108,6 +108,12 @@ class Layout:
                 share = tensor.nbytes * choice.weight.shape[0] // rows
                 found[choice.weight.name] = found.get(choice.weight.name, 0) + share
         return found
+
+
+def shortest_window(config: DecoderConfig) -> int:
+    """The longest text that no window of the decoder cuts."""
+    windows = (config.attention(layer).window for layer in range(config.layers))
+    return min([config.context_length, *(window for window in windows if window is not None)])
 
 
 def padded(size: int) -> int:

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
 from ...architectures import Kind, Weight
 from ...errors import ValidationFailed
+from ...quantize.grid import Float32
 from ...quantize.store import QuantizedCheckpoint
 from ...quantize.tensor import QuantizedTensor
 from ..container import ReadBack
 from ..readback import compare_weights, float_error
-from .reader import File, looked_up, open_file, unpack
+from .held import Held, looked_up
+from .reader import open_file, unpack
+
+Unpack = Callable[[Weight, str | None], QuantizedTensor | Float32]
 
 
-def check(model: QuantizedCheckpoint, folder: Path, threads: int = 2) -> ReadBack:
+def check(model: QuantizedCheckpoint, folder: Path) -> ReadBack:
     """Read the file back and compare every code, scale and value with `model`.
 
     Raises:
@@ -24,11 +29,20 @@ def check(model: QuantizedCheckpoint, folder: Path, threads: int = 2) -> ReadBac
         ValidationFailed: a weight differs; its name and the first differing element.
     """
     file = open_file(folder, model.decoder)
+    return compare(model, file, lambda weight, grid: unpack(file, weight, model.decoder, grid))
+
+
+def compare(model: QuantizedCheckpoint, file: Held, unpacked: Unpack, threads: int = 2) -> ReadBack:
+    """As `check`, of any container's program.
+
+    Args:
+        unpacked: reads a weight of the file, on the grid of this name or, without one, in float32.
+    """
 
     def read(weight: Weight) -> QuantizedTensor | float:
         name, grid = weight.name, model.plan[weight.name].grid
         _require_stamp(file, name, model.records[name].digest)
-        found = unpack(file, weight, model.decoder, grid.name if grid else None)
+        found = unpacked(weight, grid.name if grid else None)
         if isinstance(found, QuantizedTensor):
             return found
         expected, error = model.rows(name), 0.0
@@ -43,7 +57,7 @@ def check(model: QuantizedCheckpoint, folder: Path, threads: int = 2) -> ReadBac
     return compare_weights(model, read, threads)
 
 
-def _require_stamp(file: File, name: str, digest: str) -> None:
+def _require_stamp(file: Held, name: str, digest: str) -> None:
     """ValidationFailed if the keys of a weight are those of another: programs may share by them."""
     stamp = file.stamps.get(name, "")
     if not stamp or not digest.startswith(stamp):

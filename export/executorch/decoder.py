@@ -11,6 +11,7 @@ from types import MappingProxyType
 
 from ...architectures import DecoderConfig, Kind, Rope
 from ..layout import Matrix, Stored
+from . import embedding
 from .layout import GELU_BEND, GELU_CUBE, HIDDEN, Placed, masks, tensors_of
 from .program import LARGEST, Method
 from .subgraph import TOKENS, Subgraph, Tensor, Value
@@ -20,8 +21,6 @@ Updates = Mapping[tuple[int | None, Kind], tuple[Stored, Stored]]
 NO_UPDATES: Updates = MappingProxyType({})
 FORWARD, ALL_LOGITS = "forward", "all_logits"
 CHUNK = 64  # tokens of the longest run of ALL_LOGITS, whose result lies in memory
-_BYTE = (-128, 127)
-_NIBBLE = (-8, 7)
 
 
 def decoder_method(
@@ -84,7 +83,8 @@ class _Decoder:
 
     def build(self, all_logits: bool) -> None:
         method, config = self.method, self.config
-        hidden = self.embedded()
+        looked_up = self.placed.looked_up
+        hidden = embedding.rows(method, looked_up, self.tokens, config.hidden_size)
         mixed: Tensor | None = None
         for layer in range(config.layers):
             graph, stream = self.graph(hidden, mixed, layer)
@@ -141,25 +141,6 @@ class _Decoder:
         )
         graph.output(self.scaled(graph, outside, HIDDEN))
         return self.method.delegate(graph)[0]
-
-    def embedded(self) -> Tensor:
-        """Rows of the embedding: (1, n, hidden_size)."""
-        method, shape = self.method, (1, TOKENS, self.config.hidden_size)
-        table = self.placed.looked_up[0]
-        if len(self.placed.looked_up) == 1:
-            held = method.constant(table)
-            operator = "aten::embedding.out"
-            rows = method.made(
-                operator, held, self.tokens, -1, False, False, dtype="float16", shape=shape
-            )
-            return method.made("aten::_to_copy.out", rows, False, None, shape=shape)
-        scale = self.placed.looked_up[1]
-        held, scales = method.constant(table), method.constant(scale)
-        if table.dtype == "|i1":
-            operator, ends = "quantized_decomposed::embedding_byte.out", _BYTE
-        else:
-            operator, ends = "quantized_decomposed::embedding_4bit.out", _NIBBLE
-        return method.made(operator, held, scales, None, *ends, self.tokens, shape=shape)
 
     def attention(self, states: list[Tensor], layer: int) -> Tensor:
         """What the heads mix: (1, n, heads, head_dim)."""

@@ -7,9 +7,10 @@ one for each adapter, which brings its factors along.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from ..container import Base
+from ..layout import Stored
 from . import device, program
 from .decoder import NO_UPDATES, Updates, decoder_method
 from .layout import Placed
@@ -29,7 +30,7 @@ def key(tensor: str, digest: str) -> str:
 
 def whole(base: Base, placed: Placed) -> bytes:
     """A program that has all its tensors."""
-    keys = _keys(base, placed)
+    keys = keys_of(base, placed.layout.tensors)
     data = program.Data(placed.layout.tensors, placed.layout.nbytes, placed.constants, keys)
     return _program(base, placed, keys, data, outside=False)
 
@@ -43,13 +44,13 @@ def sharing(
         updates: what an adapter adds to matrices.
         own: tensors of the program, the factors of the updates among them.
     """
-    keys = {**_every_key(base, placed), **own.keys}
+    keys = {**every_key(base, placed.layout.tensors), **own.keys}
     return _program(base, placed, keys, own, outside=True, updates=updates)
 
 
 def weights(base: Base, placed: Placed) -> bytes:
     """WEIGHTS up to its tensors, which are those of `placed`."""
-    keys = _every_key(base, placed)
+    keys = every_key(base, placed.layout.tensors)
     data = program.Data(placed.layout.tensors, placed.layout.nbytes, placed.constants, keys)
     return program.data_head(data)
 
@@ -73,15 +74,15 @@ def _program(
     return program.serialize(methods, device.metadata(config, base.tokenizer, context), data)
 
 
-def _keys(base: Base, placed: Placed) -> dict[str, str]:
+def keys_of(base: Base, tensors: Iterable[Stored]) -> dict[str, str]:
     """{tensor: key} of those that are a part of a weight."""
     return {
         tensor.name: key(tensor.name, base.digests[tensor.choices[0].weight.name])
-        for tensor in placed.layout.tensors
+        for tensor in tensors
         if tensor.choices
     }
 
 
-def _every_key(base: Base, placed: Placed) -> dict[str, str]:
+def every_key(base: Base, tensors: Sequence[Stored]) -> dict[str, str]:
     """{tensor: key}; tables and numbers are what they are called."""
-    return {tensor.name: tensor.name for tensor in placed.layout.tensors} | _keys(base, placed)
+    return {tensor.name: tensor.name for tensor in tensors} | keys_of(base, tensors)

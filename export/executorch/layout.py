@@ -15,15 +15,14 @@ from dataclasses import dataclass
 
 from ...architectures import DecoderConfig, Kind
 from ...errors import Unsupported
-from ...quantize.grid import Grid
 from ...quantize.plan import Choice, Plan
 from ..container import Deployment
 from ..layout import Layout, Matrix, Stored
+from .embedding import LOOKUPS, matrix_of_bytes, table
 
 MODEL, WEIGHTS = "model.pte", "base_weights.ptd"  # a program; the tensors of several
 LINEARS = ("int4-g32", "int8-row")
-LOOKUPS = ("int4-g32", "int8-row", "int8-g32")
-LOOKUP = ".lookup"  # tensors of a table that only the kernel reads
+_CURE = "write GGUF: --container gguf"
 BFLOAT16 = "<u2"  # the upper half of a float32
 ROPE, NUMBER, POSITIONS = "rope.", "number.", "positions"  # tensors that are no weights
 HIDDEN = 1e9  # taken off a score for each position that it is too early or too late
@@ -65,14 +64,14 @@ def layout(config: DecoderConfig, plan: Plan, deployment: Deployment) -> Placed:
         if not weight.is_matrix:
             continue
         if weight.kind is Kind.EMBEDDING:
-            _refuse(choice, LOOKUPS, "look up")
+            refuse_grid(choice, LOOKUPS, "ExecuTorch cannot look up", _CURE)
         if weight.kind is not Kind.EMBEDDING or config.tied:
-            _refuse(choice, LINEARS, "multiply")
+            refuse_grid(choice, LINEARS, "ExecuTorch cannot multiply", _CURE)
             stem = weight.name.removesuffix(".weight")
             bias = named.get(f"{stem}.bias")
             multiplied.append(Matrix(stem, (choice,), (bias,) if bias else ()))
     (embedding,) = (c for c in plan.choices if c.weight.kind is Kind.EMBEDDING)
-    looked_up = list(_lookup(embedding))
+    looked_up = list(table(embedding))
     masked = masks(config, deployment.context)
     tables = [
         Stored(f"{ROPE}{index}.{half}", "<f4", shape, (), "values")
@@ -100,7 +99,7 @@ def layout(config: DecoderConfig, plan: Plan, deployment: Deployment) -> Placed:
         }
     found = Layout(multiplied, stored.values())
     by_name = found.by_name
-    pairs = [by_name[table.name] for table in tables]
+    pairs = [by_name[each.name] for each in tables]
     return Placed(
         found,
         tuple(by_name[tensor.name] for tensor in looked_up),
@@ -145,7 +144,7 @@ def tensors_of(matrix: Matrix) -> Iterator[Stored]:
     if grid is None:
         yield Stored(f"{matrix.name}.weight", "<f4", (rows, columns), matrix.choices, "values")
     elif grid.group is None:
-        yield from _bytes(matrix.name, matrix.choices[0], grid)
+        yield from matrix_of_bytes(matrix.name, matrix.choices[0], grid)
     else:
         packed = (rows, columns // 2)
         yield Stored(f"{matrix.name}.codes", "|u1", packed, matrix.choices, "codes")
@@ -153,37 +152,14 @@ def tensors_of(matrix: Matrix) -> Iterator[Stored]:
         yield Stored(f"{matrix.name}.scale", BFLOAT16, scales, matrix.choices, "scale")
 
 
-def _lookup(embedding: Choice) -> Iterator[Stored]:
-    """What the kernel that looks rows up reads."""
-    stem = embedding.weight.name.removesuffix(".weight")
-    grid, (rows, columns) = embedding.grid, embedding.weight.shape
-    if grid is None:
-        shape = (rows, columns)
-        yield Stored(f"{stem}{LOOKUP}.weight", "<f2", shape, (embedding,), "values")
-        return
-    assert isinstance(grid, Grid), "layout refuses ggml's blocks"
-    if grid.bits == 8:
-        # Equal to what is multiplied where each row has one scale.
-        yield from _bytes(stem, embedding, grid)
-        return
-    yield Stored(f"{stem}{LOOKUP}.codes", "|u1", (rows, columns // 2), (embedding,), "codes")
-    scales = (rows, grid.groups(columns))
-    yield Stored(f"{stem}{LOOKUP}.scale", "<f4", scales, (embedding,), "scale")
-
-
-def _bytes(stem: str, choice: Choice, grid: Grid) -> Iterator[Stored]:
-    rows, columns = choice.weight.shape
-    yield Stored(f"{stem}.codes", "|i1", (rows, columns), (choice,), "codes")
-    yield Stored(f"{stem}.scale", "<f4", (rows, grid.groups(columns)), (choice,), "scale")
-
-
-def _refuse(choice: Choice, held: tuple[str, ...], verb: str) -> None:
+def refuse_grid(choice: Choice, held: tuple[str, ...], what: str, cure: str) -> None:
+    """Raise Unsupported for a grid that is not `held`; `what` cannot be done with it."""
     if choice.grid is None or choice.grid.name in held:
         return
     name, grid = choice.weight.name, choice.grid.name
     raise Unsupported(
-        f"{name}: ExecuTorch cannot {verb} the grid {grid}",
+        f"{name}: {what} the grid {grid}",
         f"it holds {', '.join(held)} exactly there; other grids lower to wrong numbers or fail when"
         " they are loaded",
-        f'give it one of these, such as "{name}" = "int8-row", or write GGUF: --container gguf',
+        f'give it one of these, such as "{name}" = "int8-row", or {cure}',
     )

@@ -39,7 +39,7 @@ _LOOKUPS = {  # operator: dtype of the table, bits of a code
 }
 
 
-_TABLE = re.compile(r"rope\.\d+\.(cos|sin)|number\..+|positions")  # what is no weight
+_TABLE = re.compile(r"rope\.\d+\.(cos|sin)|number\..+|ones\.\d+|positions")  # what is no weight
 
 
 class Place(NamedTuple):
@@ -154,8 +154,8 @@ class Program:
         self._graphs: dict[int, Graph] = {}
         self._spent = 0
 
-    def uses(self, name: str) -> tuple[list[Product | Vector], Lookup]:
-        """What a method computes with, in the order in which it runs."""
+    def plan(self, name: str) -> Any:
+        """The table of a method."""
         plans = [
             plan
             for plan in elements(self._program, "ExecutionPlan", FEW)
@@ -163,27 +163,45 @@ class Program:
         ]
         if len(plans) != 1 or plans[0].ChainsLength() != 1:
             raise ValueError(f"there is no one {name}, or it runs in several chains")
+        return plans[0]
+
+    def calls(self, plan: Any) -> Iterator[tuple[str, Any]]:
+        """The instructions of a method: their kinds and tables."""
+        for each in elements(plan.Chains(0), "Instructions", MANY):
+            given = each.InstrArgsType(), each.InstrArgs()
+            yield member(self._schema, "InstructionArguments", *given)
+
+    def uses(self, name: str) -> tuple[list[Product | Vector], Lookup]:
+        """What a method of XNNPACK's graphs computes with, in the order in which it runs."""
+        plan = self.plan(name)
         uses: list[Product | Vector] = []
         lookups: list[Lookup] = []
-        for each in elements(plans[0].Chains(0), "Instructions", MANY):
-            given = each.InstrArgsType(), each.InstrArgs()
-            kind, call = member(self._schema, "InstructionArguments", *given)
+        for kind, call in self.calls(plan):
             if kind == "DelegateCall":
-                uses += self._delegated(plans[0], call)
+                uses += self._delegated(plan, call)
             elif kind == "KernelCall":
-                lookups += self._looked_up(plans[0], call)
+                lookups += self.lookup(plan, call, plan.Inputs(0))
             else:
                 raise ValueError(f"{name} has a {kind}")
         if len(lookups) != 1:
             raise ValueError(f"{name} looks up {len(lookups)} embeddings")
         return uses, lookups[0]
 
-    def _delegated(self, plan: Any, call: Any) -> Iterator[Product | Vector]:
+    def segment_of(self, plan: Any, call: Any, backend: str) -> int:
+        """Where that lies which the backend of a call is handed."""
         delegate = plan.Delegates(call.DelegateIndex())
         processed = delegate.Processed()
-        if text(delegate.Id()) != "XnnpackBackend" or processed.Location() != _SEGMENT:
-            raise ValueError("a delegate is not XNNPACK's, or brings its graph along")
-        graph = self._graph(processed.Index())
+        if text(delegate.Id()) != backend or processed.Location() != _SEGMENT:
+            raise ValueError(f"a delegate is not {backend}'s, or brings its graph along")
+        index: int = processed.Index()
+        return index
+
+    def segment(self, index: int) -> memoryview:
+        place = self._segments[index]
+        return self.data[place.start : place.stop].data
+
+    def _delegated(self, plan: Any, call: Any) -> Iterator[Product | Vector]:
+        graph = self._graph(self.segment_of(plan, call, "XnnpackBackend"))
         self._spend(1 + len(graph.uses))
         if call.ArgsLength() != graph.inputs + graph.outputs:
             raise ValueError(f"a graph is called with {call.ArgsLength()} tensors")
@@ -191,7 +209,7 @@ class Program:
             if isinstance(use, Product):
                 yield use
                 continue
-            kind, tensor = self._argument(plan, call.Args(use.place))
+            kind, tensor = self.argument(plan, call.Args(use.place))
             if kind != "Tensor":
                 raise ValueError(f"a graph is given a {kind}")
             if tensor.DataBufferIdx() == _NO_VALUE and tensor.ExtraTensorInfo() is None:
@@ -201,15 +219,15 @@ class Program:
             if key is not None and not is_table(key):
                 yield Vector(key, use.kind, constant)
 
-    def _looked_up(self, plan: Any, call: Any) -> Iterator[Lookup]:
-        """What a call looks up, if it is one that does."""
+    def lookup(self, plan: Any, call: Any, tokens: int) -> Iterator[Lookup]:
+        """What a call looks up, if it is one that does; `tokens`: the value that has their ids."""
         operator = plan.Operators(call.OpIndex())
         name = text(operator.Name())
         self._spend(1)
         if name not in _LOOKUPS:
             return
         dtype, bits = _LOOKUPS[name]
-        args = [self._argument(plan, index) for index in elements(call, "Args", FEW)]
+        args = [self.argument(plan, index) for index in elements(call, "Args", FEW)]
         table = self._float_or_codes(args[0], dtype)
         if bits == 16:
             scale, at = None, 1
@@ -218,7 +236,7 @@ class Program:
             ends = [each.IntVal() for _, each in args[3:5]]
             if args[2][0] != "Null" or ends != [-(1 << (bits - 1)), (1 << (bits - 1)) - 1]:
                 raise ValueError(f"{name} is given zero points, or other ends than {ends}")
-        if call.Args(at) != plan.Inputs(0) or text(operator.Overload()) != "out":
+        if call.Args(at) != tokens or text(operator.Overload()) != "out":
             raise ValueError(f"{name} does not look up the tokens")
         yield Lookup(bits, table, scale)
 
@@ -229,7 +247,8 @@ class Program:
             raise ValueError(f"an embedding is looked up in a {kind}, not in {dtype}")
         return found
 
-    def _argument(self, plan: Any, index: int) -> tuple[str, Any]:
+    def argument(self, plan: Any, index: int) -> tuple[str, Any]:
+        """The kind and the table of a value."""
         if not 0 <= index < plan.ValuesLength():
             raise ValueError(f"there is no value {index}")
         value = plan.Values(index)
@@ -268,8 +287,7 @@ class Program:
 
     def _graph(self, index: int) -> Graph:
         if index not in self._graphs:
-            place = self._segments[index]
-            graph = read_graph(self.data[place.start : place.stop].data, self._sizes)
+            graph = read_graph(self.segment(index), self._sizes)
             self._spend(graph.size)
             self._graphs[index] = graph
         return self._graphs[index]

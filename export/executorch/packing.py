@@ -16,7 +16,8 @@ from ...quantize.packing import pack
 from ...quantize.store import QuantizedCheckpoint
 from ...quantize.tensor import QuantizedTensor
 from ..layout import Stored
-from .layout import BFLOAT16, LOOKUP, NUMBER, POSITIONS, ROPE
+from .embedding import LOOKUP
+from .layout import BFLOAT16, NUMBER, POSITIONS, ROPE
 
 UInt8 = npt.NDArray[np.uint8]
 _CHUNK = 1 << 21  # weights packed at a time

@@ -9,12 +9,12 @@ import math
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from .. import flatbuffer
 from ..layout import Stored, padded
 from . import schema
-from .subgraph import Dtype, Shape, Subgraph, Tensor
+from .subgraph import Dtype, Shape, Tensor
 
 _TYPES: dict[Dtype, tuple[int, int]] = {  # number in scalar_type.fbs, bytes
     "uint8": (0, 1),
@@ -33,9 +33,28 @@ LARGEST = 2**63 - 1  # "to the end", of a slice
 
 @dataclass(frozen=True, slots=True)
 class Number:
-    """An integer that a kernel computes."""
+    """An integer or a truth that a kernel computes."""
 
     index: int
+
+
+class Graph(Protocol):
+    """What a backend computes for a method, float32 tensors all of it.
+
+    Attributes:
+        BACKEND: as it is registered in ExecuTorch.
+        given: the tensors that a run is given, in their order.
+    """
+
+    BACKEND: str
+    given: list[Tensor]
+
+    @property
+    def results(self) -> list[Shape]:
+        """Shapes of the outputs, in their order."""
+
+    def serialize(self) -> bytes:
+        """What the backend is handed."""
 
 
 @dataclass
@@ -56,7 +75,7 @@ class Method:
     """One entry point of a program; it grows in the order in which it runs.
 
     Args:
-        tokens: of the longest run.
+        tokens: of the longest run, or of the longest of its parts.
         constants: {stored tensor: its place in the constant segment, or its key in a .ptd file}.
 
     Attributes:
@@ -70,13 +89,15 @@ class Method:
         self._scalars: dict[tuple[str, Any], int] = {}
         self._operators: list[tuple[str, str]] = []
         self._instructions: list[flatbuffer.Values] = []
+        self._backends: list[str] = []
         self._planned: dict[int, _Planned] = {}
         self._held: dict[str, Tensor] = {}
         self._inputs: list[int] = []
         self._outputs: list[int] = []
 
-    def input(self, dtype: Dtype, shape: Shape) -> Tensor:
-        tensor = self._tensor(dtype, shape, {})
+    def input(self, dtype: Dtype, shape: Shape, longest: int | None = None) -> Tensor:
+        """What a run is given; `longest`: of how many tokens, if not `tokens`."""
+        tensor = self._tensor(dtype, shape, {}, longest)
         self._inputs.append(tensor.index)
         return tensor
 
@@ -100,8 +121,13 @@ class Method:
         return kept
 
     def number(self) -> Number:
-        """For what a kernel returns."""
+        """For an integer that a kernel returns."""
         self._values.append(_value("Int", int_val=0))
+        return Number(len(self._values) - 1)
+
+    def truth(self) -> Number:
+        """For what a comparison returns."""
+        self._values.append(_value("Bool", bool_val=False))
         return Number(len(self._values) - 1)
 
     def output(self, *tensors: Tensor) -> None:
@@ -127,12 +153,32 @@ class Method:
         self.call(operator, *args, out=made)
         return made
 
-    def delegate(self, graph: Subgraph) -> list[Tensor]:
-        """The outputs of a graph that XNNPACK runs."""
+    def move(self, source: Number | int, target: Number) -> None:
+        """Let `target` be what `source` is now."""
+        places = {"move_from": self._place(source), "move_to": target.index}
+        self._add("MoveCall", places)
+
+    def here(self) -> int:
+        """The next instruction, to jump back to.
+
+        What is made between there and the jump may not be used before it is made again.
+        """
+        return len(self._instructions)
+
+    def jump_unless(self, condition: Number, instruction: int) -> None:
+        places = {
+            "cond_value_index": condition.index,
+            "destination_instruction": instruction,
+        }
+        self._add("JumpFalseCall", places)
+
+    def delegate(self, graph: Graph) -> list[Tensor]:
+        """The outputs of a graph that its backend runs."""
         made = [self._in_arena("float32", shape) for shape in graph.results]
         places = [self._place(tensor) for tensor in (*graph.given, *made)]
         self._add("DelegateCall", {"delegate_index": len(self.graphs), "args": places})
         self.graphs.append(graph.serialize())
+        self._backends.append(graph.BACKEND)
         return made
 
     def plan(self, segments: Sequence[int]) -> flatbuffer.Values:
@@ -146,17 +192,20 @@ class Method:
             [{"name": name, "overload": overload} for name, overload in self._operators],
             [
                 {
-                    "id": "XnnpackBackend",
+                    "id": backend,
                     "processed": {"location": _SEGMENT, "index": segment},
                     "compile_specs": [],
                 }
-                for segment in segments
+                for backend, segment in zip(self._backends, segments, strict=True)
             ],
             _arrange(list(self._planned.values())),
         )
 
-    def _tensor(self, dtype: Dtype, shape: Shape, fields: dict[str, Any]) -> Tensor:
-        sizes = [size if size >= 0 else -size * self.tokens for size in shape]
+    def _tensor(
+        self, dtype: Dtype, shape: Shape, fields: dict[str, Any], longest: int | None = None
+    ) -> Tensor:
+        tokens = longest or self.tokens
+        sizes = [size if size >= 0 else -size * tokens for size in shape]
         dynamism = _DYNAMIC_BOUND if min(shape, default=0) < 0 else 0
         entry = _value(
             "Tensor",
@@ -208,10 +257,11 @@ class Data:
     """What lies behind the flatbuffer: first the graphs, then the tensors of the file.
 
     Attributes:
-        tensors: all of them, their offsets counted from the first.
+        tensors: all of them, and parts of them under names of their own; their offsets are counted
+            from the first.
         nbytes: of all of them, each filled up to the alignment.
         constants: those that methods read, which lie first.
-        keys: {tensor: key} of those that XNNPACK reads, and of all others that are weights.
+        keys: {tensor: key} of those that a backend reads, and of all others that are weights.
     """
 
     tensors: Sequence[Stored]

@@ -7,61 +7,46 @@ allocation.
 
 from __future__ import annotations
 
-import math
-import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from itertools import zip_longest
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from ...architectures import EMBEDDING, DecoderConfig, Kind, Weight, weights
+from ...architectures import DecoderConfig, Kind, Weight, weights
 from ...quantize.blocks import Quantized
 from ...quantize.grid import GRIDS, Float32, Grid
 from ...quantize.tensor import QuantizedTensor
-from .opened import Lookup, Place, Program, Shared, UInt8, Vector, broken, is_table, malformed
+from .held import (
+    Held,
+    looked_up,
+    lookup_arrays,
+    nibbles,
+    on_grid,
+    require_order,
+    source,
+    stamps_of,
+)
+from .opened import Program, Shared, Vector, broken, is_table, malformed
 from .products import Product, factor_of
 
 MODEL, WEIGHTS = "model.pte", "base_weights.ptd"
 METHODS = ("forward", "all_logits")
 MARK = "slimport.base_weights_digest"  # the key of what an adapter says of its base
 _MARK_BYTES = 100
-_KEY = re.compile(r"(?P<stem>.+?)(\.lookup)?\.(?P<part>codes|scale|weight|bias):[0-9a-f]{16}")
 
 
 @dataclass(frozen=True, slots=True)
-class File:
+class File(Held):
     """What the methods of a program compute with.
 
     Attributes:
-        data: the whole files, by their names.
-        keys: where that lies what has a name.
         uses: {source name: product or norm}; both methods have the same, in the same order.
-        lookup: the embedding, for the kernel.
-        stamps: {source name: the digits of its digest that are in its keys}.
         updates: {name of a factor: its key}, such as `model.layers.0.mlp.up_proj.lora_a`.
     """
 
-    data: Mapping[str, UInt8]
-    keys: Mapping[str, Place]
     uses: Mapping[str, Product | Vector]
-    lookup: Lookup
-    stamps: Mapping[str, str]
     updates: Mapping[str, str]
-
-    def array(self, place: Place, dtype: str, shape: tuple[int, ...]) -> npt.NDArray[Any]:
-        """A view of a file.
-
-        Raises:
-            BadInput: the array has another size than its place.
-        """
-        count = math.prod(shape)
-        if place.nbytes != count * np.dtype(dtype).itemsize:
-            raise broken(f"{dtype} {shape} does not fill {place.nbytes} bytes at {place.start}")
-        return np.frombuffer(self.data[place.file], dtype, count, place.start).reshape(shape)
 
 
 def open_file(folder: Path, config: DecoderConfig, adapter: Path | None = None) -> File:
@@ -90,10 +75,10 @@ def open_file(folder: Path, config: DecoderConfig, adapter: Path | None = None) 
             raise ValueError("it has a factor twice, or one that nothing is multiplied by")
         plain = [use for use in uses if isinstance(use, Vector) or not factor_of(use.weight)]
         named = {_names(use)[0]: use for use in plain}
-        _require_order([name for use in plain for name in _names(use)], config)
+        require_order([name for use in plain for name in _names(use)], config)
         whole = {program.name: program.data} | ({shared.name: shared.data} if shared else {})
-        stamps = _stamps(key for key in program.keys if _is_weight(key, adapter is not None))
-        return File(whole, program.keys, named, lookup, stamps, factors)
+        stamps = stamps_of(key for key in program.keys if _is_weight(key, adapter is not None))
+        return File(whole, program.keys, lookup, stamps, named, factors)
 
 
 def read_mark(path: Path) -> str:
@@ -154,39 +139,12 @@ def unpack(
     return found
 
 
-def looked_up(file: File, weight: Weight, grid: Grid | None) -> QuantizedTensor | Float32:
-    """The embedding as the kernel reads it; float16 becomes float32."""
-    table, scale = _lookup_arrays(file, weight, grid)
-    if grid is None or scale is None:
-        return table.astype(np.float32)
-    codes = np.array(table) if grid.bits == 8 else _nibbles(table, high_first=True)
-    return _on_grid(weight, grid, codes, scale)
-
-
-def _lookup_arrays(
-    file: File, weight: Weight, grid: Grid | None
-) -> tuple[npt.NDArray[Any], npt.NDArray[Any] | None]:
-    """Table and scales of the kernel, as they lie in the file."""
-    found, (rows, columns) = file.lookup, weight.shape
-    bits = 16 if grid is None else grid.bits
-    width = columns // 2 if bits == 4 else columns
-    if found.bits != bits or found.table.shape != (rows, width):
-        raise broken(f"{weight.name} is looked up in {found.bits} bits {found.table.shape}")
-    table = file.array(found.table.place, found.table.dtype, found.table.shape)
-    if grid is None or found.scale is None:
-        return table, None
-    shape = (rows, grid.groups(columns))
-    if found.scale.shape != shape:
-        raise broken(f"{weight.name} has scales {found.scale.shape}, not {shape}")
-    return table, file.array(found.scale.place, found.scale.dtype, shape)
-
-
 def _same_table(
     file: File, weight: Weight, grid: Grid | None, head: QuantizedTensor | Float32
 ) -> bool:
     """Whether the kernel looks up what is multiplied by; the same bytes, where both have 8 bits."""
     if grid is not None and grid.bits == 8:
-        _lookup_arrays(file, weight, grid)
+        lookup_arrays(file, weight, grid)
         lookup, product = file.lookup, file.uses[weight.name]
         assert isinstance(product, Product) and product.scale and lookup.scale
         places = file.keys[product.weight], file.keys[product.scale]
@@ -212,27 +170,16 @@ def _multiplied(file: File, weight: Weight, grid: Grid | None) -> QuantizedTenso
     place, bits = file.keys[product.weight], product.bits
     if grid is None or product.scale is None:
         return np.array(file.array(place, "<f4", (rows, columns)))
-    if _source(product.scale) != weight.name:
+    if source(product.scale) != weight.name:
         raise broken(f"{weight.name} is given {product.scale}")
     shape = (rows, grid.groups(columns))
     if bits == 8:
         scale = file.array(file.keys[product.scale], "<f4", shape)
-        return _on_grid(weight, grid, np.array(file.array(place, "|i1", (rows, columns))), scale)
+        return on_grid(weight, grid, np.array(file.array(place, "|i1", (rows, columns))), scale)
     upper = file.array(file.keys[product.scale], "<u2", shape).astype("<u4")
     packed = file.array(place, "|u1", (rows, columns // 2))
-    codes = _nibbles(packed, high_first=False)
-    return _on_grid(weight, grid, codes, (upper << np.uint32(16)).view("<f4"))
-
-
-def _on_grid(
-    weight: Weight, grid: Grid, codes: npt.NDArray[np.int8], scale: npt.NDArray[Any]
-) -> QuantizedTensor:
-    """Codes and scales; a code of 4 bits is within any grid of 4 bits, one of 8 need not be."""
-    if grid.levels is not None or codes.min() < grid.low or codes.max() > grid.high:
-        raise broken(f"{weight.name} has codes beyond the grid {grid.name}")
-    if not ((scale > 0) & np.isfinite(scale)).all():
-        raise broken(f"{weight.name} has a scale that is not above 0, or not finite")
-    return QuantizedTensor(grid, codes, np.array(scale, np.float32))
+    codes = nibbles(packed, high_first=False)
+    return on_grid(weight, grid, codes, (upper << np.uint32(16)).view("<f4"))
 
 
 def _vector(file: File, weight: Weight, config: DecoderConfig) -> Float32:
@@ -248,7 +195,7 @@ def _vector(file: File, weight: Weight, config: DecoderConfig) -> Float32:
     else:
         product = file.uses[f"{weight.name.removesuffix('.bias')}.weight"]
         key = product.bias if isinstance(product, Product) else None
-        if key is None or _source(key) != weight.name:
+        if key is None or source(key) != weight.name:
             raise broken(f"{weight.name} is not added to its product")
         shape, place = weight.shape, file.keys[key]
     if shape != weight.shape:
@@ -261,45 +208,8 @@ def _is_weight(key: str, adapter: bool) -> bool:
     return not (is_table(key) or (adapter and (key == MARK or factor_of(key))))
 
 
-def _stamps(keys: Iterable[str]) -> dict[str, str]:
-    """{source name: digits of its digest} of the keys of weights."""
-    found: dict[str, str] = {}
-    for key in keys:
-        name, stamp = _source(key), key.rpartition(":")[2]
-        if found.setdefault(name, stamp) != stamp:
-            raise ValueError(f"{name} has two digests")
-    return found
-
-
 def _names(use: Product | Vector) -> list[str]:
     """The source names of a product's weight and bias, or of a norm."""
     if isinstance(use, Vector):
-        return [_source(use.key)]
-    return [_source(key) for key in (use.weight, use.bias) if key is not None]
-
-
-def _require_order(names: Sequence[str], config: DecoderConfig) -> None:
-    """ValueError unless these are the weights of a decoder, each once, as one runs them."""
-    wanted = [weight.name for weight in weights(config) if weight.kind is not Kind.EMBEDDING]
-    if config.tied:
-        wanted.append(EMBEDDING)
-    for found, expected in zip_longest(names, wanted, fillvalue="nothing"):
-        if found != expected:
-            raise ValueError(f"{METHODS[0]} computes with {found} in the place of {expected}")
-
-
-def _source(key: str) -> str:
-    """The source name of a weight, of the key of any of its tensors."""
-    found = _KEY.fullmatch(key)
-    if found is None:
-        raise ValueError(f"{key} is not the key of a weight")
-    return f"{found['stem']}.{'bias' if found['part'] == 'bias' else 'weight'}"
-
-
-def _nibbles(packed: UInt8, high_first: bool) -> npt.NDArray[np.int8]:
-    """Numbers of 4 bits that were raised by 8: (rows, bytes) to int8 (rows, 2 * bytes)."""
-    found = np.empty((*packed.shape, 2), np.uint8)
-    np.bitwise_and(packed, np.uint8(15), out=found[:, :, int(high_first)])
-    np.right_shift(packed, np.uint8(4), out=found[:, :, int(not high_first)])
-    found -= np.uint8(8)  # wraps round
-    return found.view(np.int8).reshape(len(packed), -1)
+        return [source(use.key)]
+    return [source(key) for key in (use.weight, use.bias) if key is not None]

@@ -68,6 +68,11 @@ PROGRAM = Schema(
         "Instruction": {1: ("instr_args", "InstructionArguments")},
         "KernelCall": {0: ("op_index", "int32"), 1: ("args", "[int32]")},
         "DelegateCall": {0: ("delegate_index", "int32"), 1: ("args", "[int32]")},
+        "MoveCall": {0: ("move_from", "int32"), 1: ("move_to", "int32")},
+        "JumpFalseCall": {
+            0: ("cond_value_index", "int32"),
+            1: ("destination_instruction", "int32"),
+        },
         "Operator": {0: ("name", "string"), 1: ("overload", "string")},
         "BackendDelegate": {
             0: ("id", "string"),

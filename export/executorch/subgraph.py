@@ -46,7 +46,7 @@ class Tensor:
 
 
 class Subgraph:
-    """A graph that grows in the order in which it runs.
+    """A graph of XNNPACK that grows in the order in which it runs.
 
     Only weights and biases of products may be constants of it: ExecuTorch frees what a graph
     brings along once these are packed, and an operator that reads anything else then crashes.
@@ -58,6 +58,8 @@ class Subgraph:
     Attributes:
         given: the tensors of its inputs, in their order.
     """
+
+    BACKEND = "XnnpackBackend"
 
     def __init__(self, tokens: int, keys: Mapping[str, str]) -> None:
         self._tokens, self._keys = tokens, keys
@@ -248,11 +250,11 @@ class Subgraph:
         return self._constants.index(key)
 
 
-def with_header(content: bytes, constants: bytes) -> bytes:
-    """What the backend is handed, of a graph as a flatbuffer and the numbers inside of it."""
+def with_header(content: bytes, constants: bytes, magic: bytes = b"XH00") -> bytes:
+    """What a backend is handed, of a graph as a flatbuffer and the numbers inside of it."""
     start = -(-_HEADER.size // _ALIGNMENT) * _ALIGNMENT
     end = start + -(-len(content) // _ALIGNMENT) * _ALIGNMENT
-    header = _HEADER.pack(b"XH00", _HEADER.size, start, len(content), end, len(constants))
+    header = _HEADER.pack(magic, _HEADER.size, start, len(content), end, len(constants))
     return header.ljust(start, b"\0") + content.ljust(end - start, b"\0") + constants
 
 

@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ...adapters.adapter import Adapter
 from ...architectures import EMBEDDING, DecoderConfig
 from ...errors import Unsupported, UsageError
 from ...quantize.blocks import Quantized
@@ -16,9 +15,16 @@ from ...quantize.grid import Float32
 from ...quantize.plan import Plan
 from ...quantize.store import QuantizedCheckpoint
 from ...tokenizer.tokenizer import Tokenizer
-from ..container import Base, Deployment, Minimum, ReadBack, foreign_adapter
+from ..container import Deployment, Minimum, ReadBack
 from ..file import sync_folder, write_aligned, write_bytes
-from ..layout import ALIGNMENT, Layout
+from ..layout import ALIGNMENT, Layout, shortest_window
+from ..merged import (
+    check_adapter,
+    predict_adapter,
+    refuse_adapter,
+    refuse_foreign_adapter,
+    write_adapter,
+)
 from . import calibration, compare, device, layout, packing, reader, sdk, tables
 from .chips import chip_of
 from .compilation import binary_of, compile_graph
@@ -74,7 +80,7 @@ class _Graphs(NamedTuple):
 
 def context_length(config: DecoderConfig) -> int:
     """Up to a window: one mask serves all layers."""
-    return layout.shortest_window(config)
+    return shortest_window(config)
 
 
 def kv_cache(wanted: str) -> str:
@@ -193,31 +199,6 @@ def check(model: QuantizedCheckpoint, folder: Path) -> ReadBack:
     return compare.check(model, folder)
 
 
-def refuse_adapter(adapter: Adapter) -> None:
-    """Raise Unsupported: a context binary has its weights inside."""
-    raise _no_adapters(f"the adapter {adapter.name} cannot stay separate")
-
-
-def predict_adapter(adapter: Adapter, base: Base) -> dict[str, int]:
-    """Raise Unsupported, as `refuse_adapter`."""
-    raise _no_adapters(f"the adapter {adapter.name} cannot stay separate")
-
-
-def write_adapter(adapter: Adapter, base: Base, folder: Path, scale: float = 1.0) -> Path:
-    """Raise Unsupported, as `refuse_adapter`."""
-    raise _no_adapters(f"the adapter {adapter.name} cannot stay separate")
-
-
-def check_adapter(path: Path, adapter: Adapter, base: Base, scale: float = 1.0) -> None:
-    """Raise Unsupported, as `refuse_adapter`."""
-    raise _no_adapters(f"the adapter {adapter.name} cannot stay separate")
-
-
-def refuse_foreign_adapter(path: Path, base: str) -> None:
-    """Raise BadInput: a bundle of this container has no adapters."""
-    raise foreign_adapter(path, "a context binary takes no adapters")
-
-
 def minimum_runtime(
     config: DecoderConfig, plan: Plan, tokenizer: Tokenizer, separate: bool
 ) -> Minimum:
@@ -269,11 +250,3 @@ def _properties(digest: str) -> dict[str, str]:
 def _no_vectors(plan: Plan) -> Vectors:
     shapes = {c.weight.name: c.weight.shape for c in plan.choices}
     return lambda name: np.zeros(shapes[name], np.float32)
-
-
-def _no_adapters(what: str) -> Unsupported:
-    return Unsupported(
-        what,
-        "a context binary has its weights inside, and nothing is added to them at run time",
-        "merge it: --adapter-mode merged, one bundle for each adapter",
-    )

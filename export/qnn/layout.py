@@ -50,12 +50,6 @@ def chunk_of(context: int) -> int:
     return min(CHUNK, context)
 
 
-def shortest_window(config: DecoderConfig) -> int:
-    """The longest text that no window of the decoder cuts."""
-    windows = (config.attention(layer).window for layer in range(config.layers))
-    return min([config.context_length, *(window for window in windows if window is not None)])
-
-
 def _refuse_grid(choice: Choice) -> None:
     if choice.grid is not None and choice.grid.name in GRIDS:
         return
