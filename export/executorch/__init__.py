@@ -62,12 +62,13 @@ __all__ = [
 NAME = "executorch"
 FILE = layout.MODEL
 LIBRARIES = ("flatbuffers",)
+_CACHE_BYTES = 2**31 - 1  # of the keys or values of a layer
 CALIBRATED, PROOF, ESTIMATED = False, tuple[str, ...](), tuple[str, ...]()
 
 
 def context_length(config: DecoderConfig) -> int:
-    """Windows and ropes are those of the model: nothing shortens it."""
-    return config.context_length
+    """That of the model: windows and ropes are its own. The kernel of the cache counts in int32."""
+    return min(config.context_length, _CACHE_BYTES // (4 * config.kv_heads * config.head_dim))
 
 
 def kv_cache(wanted: str) -> str:

@@ -21,7 +21,7 @@ from ...quantize.tensor import QuantizedTensor
 from .opened import Lookup, Place, UInt8, broken
 
 _KEY = re.compile(
-    r"(?P<stem>.+?)(\.lookup)?\.(?P<part>codes|scale|weight|bias)"
+    r"(?P<stem>.+?)(\.lookup)?\.(?P<part>codes|scale|zero|weight|bias)"
     r"(\[(?P<start>\d{1,9}):(?P<stop>\d{1,9})\])?:[0-9a-f]{16}"
 )
 
@@ -67,6 +67,8 @@ def looked_up(file: Held, weight: Weight, grid: Grid | None) -> QuantizedTensor 
     table, scale = lookup_arrays(file, weight, grid)
     if grid is None or scale is None:
         return table.astype(np.float32)
+    if grid.bits == 2:
+        return on_grid(weight, grid, _pairs_of_bits(table), scale)
     codes = np.array(table) if grid.bits == 8 else nibbles(table, high_first=True)
     return on_grid(weight, grid, codes, scale)
 
@@ -77,7 +79,7 @@ def lookup_arrays(
     """Table and scales of the kernel, as they lie in the file."""
     found, (rows, columns) = file.lookup, weight.shape
     bits = 16 if grid is None else grid.bits
-    width = columns // 2 if bits == 4 else columns
+    width = columns * bits // 8 if bits < 8 else columns
     if found.bits != bits or found.table.shape != (rows, width):
         raise broken(f"{weight.name} is looked up in {found.bits} bits {found.table.shape}")
     table = file.array(found.table.place, found.table.dtype, found.table.shape)
@@ -86,6 +88,10 @@ def lookup_arrays(
     shape = (rows, grid.groups(columns))
     if found.scale.shape != shape:
         raise broken(f"{weight.name} has scales {found.scale.shape}, not {shape}")
+    if found.zero is not None:
+        zero = file.array(found.zero.place, found.zero.dtype, found.zero.shape)
+        if zero.shape != shape or (zero != -1).any():
+            raise broken(f"{weight.name} has zero points that are not -1")
     return table, file.array(found.scale.place, found.scale.dtype, shape)
 
 
@@ -137,6 +143,12 @@ def rows_of(key: str) -> Rows:
     name = f"{found['stem']}.{'bias' if found['part'] == 'bias' else 'weight'}"
     rows = (int(found["start"]), int(found["stop"])) if found["start"] else None
     return Rows(name, found["part"], rows)
+
+
+def _pairs_of_bits(packed: UInt8) -> npt.NDArray[np.int8]:
+    """Numbers of 2 bits that were raised by 1: (rows, bytes) to int8 (rows, 4 * bytes)."""
+    found = packed[:, :, None] >> np.arange(0, 8, 2, dtype=np.uint8) & np.uint8(3)
+    return found.astype(np.int8).reshape(len(packed), -1) - np.int8(1)
 
 
 def nibbles(packed: UInt8, high_first: bool) -> npt.NDArray[np.int8]:

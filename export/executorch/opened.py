@@ -35,6 +35,7 @@ _SCALARS = {0: "|u1", 1: "|i1", 5: "<f2", 6: "<f4"}  # of scalar_type.fbs
 _LOOKUPS = {  # operator: dtype of the table, bits of a code
     "quantized_decomposed::embedding_byte": ("|i1", 8),
     "quantized_decomposed::embedding_4bit": ("|u1", 4),
+    "quantized_decomposed::embedding_2bit": ("|u1", 2),
     "aten::embedding": ("<f2", 16),
 }
 
@@ -74,11 +75,17 @@ class Vector:
 
 @dataclass(frozen=True, slots=True)
 class Lookup:
-    """What the kernel of the embedding is given; no scale: the table is float16."""
+    """What the kernel of the embedding is given.
+
+    Attributes:
+        scale: None: the table is float16.
+        zero: zero points beside codes of 2 bits.
+    """
 
     bits: int
     table: Constant
     scale: Constant | None
+    zero: Constant | None
 
 
 class Shared:
@@ -229,16 +236,19 @@ class Program:
         dtype, bits = _LOOKUPS[name]
         args = [self.argument(plan, index) for index in elements(call, "Args", FEW)]
         table = self._float_or_codes(args[0], dtype)
-        if bits == 16:
-            scale, at = None, 1
-        else:
+        scale = zero = None
+        at = 1
+        if bits != 16:
             scale, at = self._float_or_codes(args[1], "<f4"), 5
+            if bits == 2:
+                zero = self._float_or_codes(args[2], "<f4")
             ends = [each.IntVal() for _, each in args[3:5]]
-            if args[2][0] != "Null" or ends != [-(1 << (bits - 1)), (1 << (bits - 1)) - 1]:
+            plain = zero is not None or args[2][0] == "Null"
+            if not plain or ends != [-(1 << (bits - 1)), (1 << (bits - 1)) - 1]:
                 raise ValueError(f"{name} is given zero points, or other ends than {ends}")
         if call.Args(at) != tokens or text(operator.Overload()) != "out":
             raise ValueError(f"{name} does not look up the tokens")
-        yield Lookup(bits, table, scale)
+        yield Lookup(bits, table, scale, zero)
 
     def _float_or_codes(self, argument: tuple[str, Any], dtype: str) -> Constant:
         kind, tensor = argument

@@ -16,7 +16,7 @@ from ...quantize.packing import pack
 from ...quantize.store import QuantizedCheckpoint
 from ...quantize.tensor import QuantizedTensor
 from ..layout import Stored
-from .embedding import LOOKUP
+from .embedding import LOOKUP, ZERO
 from .layout import BFLOAT16, NUMBER, POSITIONS, ROPE
 
 UInt8 = npt.NDArray[np.uint8]
@@ -43,6 +43,9 @@ def parts(tensor: Stored, model: QuantizedCheckpoint) -> Iterator[npt.NDArray[An
         )
         return
     assert isinstance(weight, QuantizedTensor), "layout refuses ggml's blocks"
+    if tensor.part == "zero_point":
+        yield np.full(tensor.shape, ZERO, "<f4")
+        return
     if tensor.part == "scale":
         yield _scales(weight.scale, tensor.dtype)
         return
@@ -61,8 +64,16 @@ def _turned(tensor: Stored, config: DecoderConfig) -> Float32:
 def _codes(codes: Int8, bits: int, high_first: bool) -> UInt8:
     if bits == 8:
         return np.ascontiguousarray(codes).view(np.uint8)
+    if bits == 2:
+        return _raised(pack(codes, bits))
     packed = pack(codes, bits) ^ _RAISE
     return (packed << np.uint8(4)) | (packed >> np.uint8(4)) if high_first else packed
+
+
+def _raised(packed: UInt8) -> UInt8:
+    """Four numbers of 2 bits to a byte, each one more, modulo 4."""
+    low = ~packed & np.uint8(0x55)
+    return low | ((packed ^ (packed << np.uint8(1))) & np.uint8(0xAA))
 
 
 def _scales(scale: Float32, dtype: str) -> npt.NDArray[Any]:

@@ -135,6 +135,15 @@ def test_logits_are_those_of_transformers(
     assert np.abs(np.load(tmp_path / "got.npy") - expected).max() < noise
 
 
+@pytest.mark.parametrize("grid", ["int2-g64", "int4-g32", "int8-g32", "int8-row"])
+def test_a_table_means_its_codes(grid: str, make_model: Any, here: None, tmp_path: Path) -> None:
+    model = make_model("llama", tie_word_embeddings=False)
+    found = export(model, tmp_path, **{"*embed_tokens*": grid, **FLOATS})
+    ids = windows()
+    expected = meant(found, tmp_path / "expected.npy", ids)
+    assert np.abs(run(found.file, tmp_path / "got.npy", ids) - expected).max() < 2e-5
+
+
 def test_threads_and_cuts_do_not_change_logits(int4: Exported, here: None, tmp_path: Path) -> None:
     ids = windows()
     whole = run(int4.file, tmp_path / "whole.npy", ids, threads=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 from slimport.architectures import weights
+from slimport.errors import BadInput
 from slimport.export import executorch as container
 from slimport.export.container import Deployment
 from slimport.export.executorch.products import Product
@@ -70,13 +72,31 @@ def test_every_code_comes_back(
     assert set(found.float_errors) | set(digests) == {w.name for w in weights(model.decoder)}
 
 
-def test_a_table_of_groups_is_looked_up(make_model: Any, in_memory: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("grid", ["int8-g32", "int2-g64"])
+def test_a_table_of_groups_is_looked_up(
+    grid: str, make_model: Any, in_memory: Any, tmp_path: Path
+) -> None:
     source = make_model("llama", tie_word_embeddings=False)
-    model = in_memory(source, "int4", {"*embed_tokens*": "int8-g32", "lm_head*": "float16"})
-    folder = export(model, source, tmp_path).parent
-    found = container.check(model, folder)
+    model = in_memory(source, "int4", {"*embed_tokens*": grid, "lm_head*": "float16"})
+    file = export(model, source, tmp_path)
+    found = container.check(model, file.parent)
     assert found.weights_digest == model.weights_digest
     assert found.float_errors["lm_head.weight"] == 0  # float32
+    place = open_file(file.parent, model.decoder).lookup.zero
+    assert (place is not None) == (grid == "int2-g64")
+    if place is not None:
+        content = bytearray(file.read_bytes())
+        content[place.place.start + 3] ^= 0x80  # the sign of the first zero point
+        file.write_bytes(content)
+        with pytest.raises(BadInput, match="zero points that are not -1"):
+            container.check(model, file.parent)
+
+
+def test_a_cache_ends_where_its_kernel_cannot_count(tiny_llama: Path, in_memory: Any) -> None:
+    config = in_memory(tiny_llama).decoder  # 2 heads of 16 numbers: 128 bytes a token
+    assert container.context_length(config) == config.context_length
+    long = dataclasses.replace(config, context_length=2**30)
+    assert container.context_length(long) == 2**24 - 1
 
 
 def test_two_exports_have_the_same_bytes(tiny_llama: Path, in_memory: Any, tmp_path: Path) -> None:
