@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from slimport import log
 from slimport.architectures import decoder_config
 from slimport.checkpoint import Checkpoint
 from slimport.errors import BadInput, ValidationFailed
@@ -283,3 +284,18 @@ def test_what_a_library_logs_stays_in_the_child(
 ) -> None:
     run(int4.file, tmp_path / "o.npy", windows())
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_runner_that_says_something_else_is_a_failure(
+    floats: Exported, here: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    ids = Tokenizer.open(floats.model).encode("Once upon a time")
+    with log.writing(tmp_path / "log.txt"):
+        (answer,) = executorch.generate(floats.file, [ids], 12)
+    assert "asked for 1 of 1 texts" in (tmp_path / "log.txt").read_text()
+    first = next(token for token in ids if token != answer.tokens[0])
+    other = [([first, *answer.tokens[1:]], False)]
+    job = executorch_worker.JOBS | {"generate": lambda **_: other}
+    monkeypatch.setattr(executorch_worker, "JOBS", job)
+    with pytest.raises(ValidationFailed, match="generates another text"):
+        executorch.generate(floats.file, [ids], 12)

@@ -13,6 +13,7 @@ from importlib.metadata import version as distribution
 from pathlib import Path
 from typing import Any
 
+from ... import log
 from ...tokenizer.conformance import Chat
 from .. import worker
 from ..runtime import (
@@ -136,12 +137,19 @@ def generate(
 ) -> list[Generation]:
     """Greedy tokens after each prompt of ids, up to an end-of-generation token.
 
+    ExecuTorch's own runner of language models then has to say the same. It takes and gives texts,
+    so it is asked where a prompt's text becomes the same ids again; the log says how often.
+
     Raises:
         BadInput: an empty prompt, or one longer than the program's context.
-        ValidationFailed: ExecuTorch refuses the file or crashes.
+        ValidationFailed: ExecuTorch refuses the file or crashes, or its runner says something else.
     """
-    given = {"prompts": as_lists(prompts), "max_tokens": max_tokens, **_threads(None)}
+    ids = as_lists(prompts)
+    given = {"prompts": ids, "max_tokens": max_tokens, **_threads(None)}
     found = _call("generate", file, progress, adapter=adapter, **given)
+    answers = [tokens for tokens, _ in found]
+    asked = _call("require_same_text", file, adapter=adapter, prompts=ids, answers=answers)
+    log.say(f"ExecuTorch's runner was asked for {asked} of {len(prompts)} texts, and says the same")
     return [Generation(tuple(tokens), stopped) for tokens, stopped in found]
 
 

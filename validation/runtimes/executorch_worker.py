@@ -26,7 +26,7 @@ from ...quantize.grid import Float32
 from .. import worker
 from ..logits import writer
 from ..runtime import Speed
-from . import executorch_exact, executorch_memory
+from . import executorch_exact, executorch_memory, executorch_runner
 from .refusals import refusals
 from .rss import gained, rss
 
@@ -196,6 +196,23 @@ def _generate(
     ]
 
 
+def _require_same_text(
+    file: str, folder: str, prompts: list[list[int]], answers: list[list[int]]
+) -> int:
+    """How many of the prompts ExecuTorch's own runner was asked to continue."""
+    runtime(worker.threads())
+    place = Path(folder)
+    context = _Model(Path(file), place, 1).context
+    what = f"ExecuTorch's runner cannot continue a text with {Path(file).name}"
+    with _refusals(what):
+        found = executorch_runner.load_runner(
+            _package(), Path(file), place / TOKENIZER, weights_of(place)
+        )
+        return executorch_runner.require_same_text(
+            *found, _tokenizer(folder), prompts, answers, context
+        )
+
+
 def _greedy(
     model: _Model, prompt: npt.NDArray[np.int32], max_tokens: int, ends: set[int], known: int
 ) -> tuple[list[int], bool]:
@@ -251,6 +268,7 @@ JOBS: dict[str, Any] = {
     "tokenize": _tokenize,
     "vocabulary": _vocabulary,
     "generate": _generate,
+    "require_same_text": _require_same_text,
     "measure": _measure,
 }
 
