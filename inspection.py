@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
+import json
 import platform
+import subprocess
 import sys
 from collections import Counter
 from dataclasses import asdict, dataclass
@@ -11,7 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from . import bundle
+from . import bundle, log
 from .architectures import decoder_config
 from .errors import DependencyMissing
 from .export.gguf import reader
@@ -111,7 +112,8 @@ class Check:
 def doctor() -> list[Check]:
     """What is installed, and which containers work here."""
     checks = [Check("python", sys.version_info >= (3, 11), platform.python_version())]
-    checks += [_library(name) for name in _LIBRARIES]
+    failures = _import_failures()
+    checks += [_library(name, failures.get(name)) for name in _LIBRARIES]
     checks += [_container(name) for name in containers.NAMES if name != "qnn"]
     return [*checks, _qnn()]
 
@@ -132,9 +134,37 @@ def _qnn() -> Check:
         return Check("container qnn", True, "optional: not usable here", error.cure)
 
 
-def _library(name: str) -> Check:
+def _library(name: str, failure: str | None) -> Check:
+    cure = f"pip install -c constraints.txt {name}"
+    if failure is not None:
+        return Check(name, False, failure, cure)
+    try:
+        return Check(name, True, version(name))
+    except PackageNotFoundError as error:
+        return Check(name, False, str(error), cure)
+
+
+def _import_failures() -> dict[str, str]:
+    """Why libraries do not import: tried in a child, because some print to the terminal."""
+    command = [sys.executable, "-P", "-c", _IMPORT, *_LIBRARIES]
+    done = subprocess.run(command, capture_output=True)
+    log.say("libraries were imported", done.stderr)
+    try:
+        found: dict[str, str] = json.loads(done.stdout.splitlines()[-1])
+    except (IndexError, ValueError):
+        said = done.stderr.decode("utf-8", "replace").strip().splitlines()
+        ended = f"importing it ended with status {done.returncode}"
+        return dict.fromkeys(_LIBRARIES, said[-1] if said else ended)
+    return found
+
+
+_IMPORT = """
+import importlib, json, sys
+found = {}
+for name in sys.argv[1:]:
     try:
         importlib.import_module(name)
-        return Check(name, True, version(name))
-    except (ImportError, OSError, PackageNotFoundError) as error:
-        return Check(name, False, str(error), f"pip install -c constraints.txt {name}")
+    except (ImportError, OSError) as error:
+        found[name] = str(error)
+print(json.dumps(found))
+"""

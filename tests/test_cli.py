@@ -174,10 +174,12 @@ def test_targets_lists_every_profile(run: Run) -> None:
 
 
 def test_doctor_names_what_is_missing_and_its_cure(
-    run: Run, monkeypatch: pytest.MonkeyPatch
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     assert run("doctor").code == 0
-    monkeypatch.setitem(sys.modules, "peft", None)  # its import fails now
+    (tmp_path / "peft.py").write_text("raise ImportError('no such thing')")
+    path = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")]))
+    monkeypatch.setenv("PYTHONPATH", path)
     done = run("doctor", "--json")
     assert done.code == 6
     (missing,) = (row for row in done.json["checks"] if not row["ok"])
