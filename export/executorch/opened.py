@@ -40,7 +40,7 @@ _LOOKUPS = {  # operator: dtype of the table, bits of a code
 }
 
 
-_TABLE = re.compile(r"rope\.\d+\.(cos|sin)|number\..+|ones\.\d+|positions")  # what is no weight
+_TABLE = re.compile(r"rope\.\d+\.(cos|sin)|number\..+|offset\.\d+|positions")  # what is no weight
 
 
 class Place(NamedTuple):

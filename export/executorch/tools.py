@@ -20,13 +20,14 @@ from ...errors import DependencyMissing
 PROGRAM = "schema/program.fbs"
 DATA = "extension/flat_tensor/serialize/flat_tensor.fbs"
 XNNPACK = "backends/xnnpack/serialization/runtime_schema.fbs"  # by which the runtime reads
+VULKAN = "backends/vulkan/serialization/schema.fbs"
 _COMPILER = "data/bin"
 _SECONDS = 60
 
 
 @cache
 def generated(schema: str) -> Any:
-    """One module with the readers of all tables of a schema: PROGRAM, DATA or XNNPACK.
+    """One module with the readers of all tables of a schema: PROGRAM, DATA, XNNPACK, VULKAN.
 
     Raises:
         DependencyMissing: ExecuTorch is not installed, or its compiler does not run.
