@@ -44,6 +44,8 @@ METRICS = {
     "pair_agreement": Metric("fraction", at_least=True, of="reward"),
     "npu_nodes": Metric("fraction", at_least=True),
     "npu_weight_bytes": Metric("fraction", at_least=True),
+    "gpu_nodes": Metric("fraction", at_least=True),
+    "gpu_weight_bytes": Metric("fraction", at_least=True),
 }
 
 

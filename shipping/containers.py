@@ -12,7 +12,7 @@ from ..export.container import Container
 from ..validation.runtime import Runtime, Scorer
 from . import sdks
 
-NAMES = ("gguf", "onnx", "onnx-fp16", "ort", "executorch", "qnn")
+NAMES = ("gguf", "onnx", "onnx-fp16", "ort", "executorch", "executorch-vulkan", "qnn")
 
 
 class Pair(NamedTuple):
@@ -56,6 +56,11 @@ def load(name: str) -> Pair:
             from ..validation.runtimes import executorch as executorch_runtime
 
             return Pair(executorch, executorch_runtime)
+        if name == "executorch-vulkan":
+            from ..export import executorch_vulkan
+            from ..validation.runtimes import executorch_vulkan as eager
+
+            return Pair(executorch_vulkan, eager)
         if name == "qnn":
             from ..export import qnn
             from ..validation.runtimes import qnn as emulator

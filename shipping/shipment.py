@@ -336,6 +336,7 @@ def report_on(
         else found.to_json(),
         fallbacks=quantized.plan.fallbacks,
         notes=assembly.notes(job.container, source, quantized.plan),
+        executes=runtime.EXECUTES,
     )
     return report.build(subject, judgement, codes_equal=True)
 
@@ -387,7 +388,8 @@ def _manifest(
         "target": job.target.name,
         "profile": job.target.to_json(),
         "container": job.container.NAME,
-        "validated": found is not None,
+        "validated": found is not None and job.runtime.EXECUTES,
+        **({} if job.runtime.EXECUTES else {"judged": found is not None}),
         "passed": found["passed"] if found else False,
         "executed": found["executed"] if found else [],
         "not_executed": found["not_executed"] if found else [report.not_executed(job.target)],

@@ -23,7 +23,7 @@ def bundle(folder: Path) -> None:
     manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
     files = [[entry["path"], format_size(entry["bytes"])] for entry in manifest["files"]]
     table(f"{folder}", ["file", "bytes"], files)
-    if not manifest["validated"]:
+    if not (manifest["validated"] or manifest.get("judged")):
         fallbacks(manifest["fallbacks"])
         notes(manifest.get("notes", []))
         print("Not validated (--no-validate): `slimport check` will refuse it.")

@@ -14,7 +14,7 @@ from ..errors import BudgetExceeded, SlimportError, UsageError, ValidationFailed
 from ..settings import METRICS, format_size
 from ..targets.target import Limit
 
-_NPU = ("npu_nodes", "npu_weight_bytes")
+_SHARES = ("npu_nodes", "npu_weight_bytes", "gpu_nodes", "gpu_weight_bytes")
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +76,7 @@ def measured(report: Mapping[str, Any]) -> dict[str, float]:
         **{key: footprint.get(key) for key in ("device_bytes", "download_bytes", "model_bytes")},
         **{key: accuracy.get(key) for key in ("kl_mean", "top1")},
         **{key: preference.get(key) for key in ("score_error", "pair_agreement")},
-        **{key: _table(report, "accelerator").get(key) for key in _NPU},
+        **{key: _table(report, "accelerator").get(key) for key in _SHARES},
         "memory_bytes": _total(memory, ("mapped", *anonymous)),
         "anonymous_bytes": _total(memory, anonymous),
         "ppl_ratio": ratio(accuracy),
@@ -96,9 +96,10 @@ def require_validated(manifest: Mapping[str, Any]) -> None:
     """Refuse a bundle that was never judged.
 
     Raises:
-        ValidationFailed: its manifest does not say "validated": true.
+        ValidationFailed: its manifest says neither "validated": true nor, of a file that nothing
+            executes here, "judged": true.
     """
-    if manifest.get("validated") is not True:
+    if manifest.get("validated") is not True and manifest.get("judged") is not True:
         raise ValidationFailed(
             "the bundle was not validated",
             "it was exported with --no-validate, so its accuracy and memory are unknown",
@@ -124,7 +125,7 @@ def failure(report: Mapping[str, Any]) -> SlimportError | None:
         )
     if not broken:
         return None
-    if any(budget.metric in _NPU for budget in broken):
+    if any(budget.metric in _SHARES for budget in broken):
         return ValidationFailed(
             words,
             "a part of the model would run on the phone's CPU, and every token would wait for it",

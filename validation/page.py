@@ -28,6 +28,8 @@ TITLES = {
     "pair_agreement": "Pair agreement",
     "npu_nodes": "Operators on the NPU",
     "npu_weight_bytes": "Weights on the NPU",
+    "gpu_nodes": "Operators on the GPU",
+    "gpu_weight_bytes": "Weights on the GPU",
 }
 MEMORY = {
     "mapped": "weights, mapped from the file",
@@ -44,6 +46,7 @@ CONTAINERS = {
     "qnn": "QNN",
     "coreml": "Core ML",
     "executorch": "ExecuTorch",
+    "executorch-vulkan": "ExecuTorch Vulkan",
 }
 
 

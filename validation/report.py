@@ -51,7 +51,8 @@ class Subject:
         not_judged: in words, what ships and was not run here.
         fallbacks: as Plan.fallbacks.
         notes: as Container.notes.
-        accelerator: shares of nodes and weights on the NPU; None for a CPU's container.
+        accelerator: shares of nodes and weights on the NPU or GPU; None for a CPU's container.
+        executes: whether the runtime is a device's; False: a model of the file's program.
     """
 
     model: Mapping[str, Any]
@@ -72,6 +73,7 @@ class Subject:
     fallbacks: Mapping[str, Sequence[str]] = field(default_factory=dict)
     notes: Sequence[str] = ()
     accelerator: Mapping[str, float] | None = None
+    executes: bool = True
 
 
 def build(
@@ -108,7 +110,9 @@ def build(
         "notes": list(subject.notes),
         "inputs": dict(subject.inputs),
         "tools": dict(subject.tools),
-        "executed": [f"the shipped file in {subject.runtime} on {platform.machine()}"],
+        "executed": [f"the shipped file in {subject.runtime} on {platform.machine()}"]
+        if subject.executes
+        else [],
         "not_executed": [not_executed(subject.target), *subject.not_judged],
     }
     budgets = budget.check(report, subject.limits)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -161,13 +161,18 @@ class Effort:
 
 @dataclass(frozen=True, slots=True)
 class Accelerator:
-    """How much of a model an NPU runs, as shares: the rest falls to the CPU."""
+    """How much of a model an NPU or a GPU runs, as shares: the rest falls to the CPU."""
 
-    npu_nodes: float
-    npu_weight_bytes: float
+    nodes: float
+    weight_bytes: float
+    kind: Literal["npu", "gpu"]
 
-    def to_json(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in self.__slots__}
+    def to_json(self) -> dict[str, float]:
+        """By the names of the metrics, such as `npu_nodes`."""
+        return {
+            f"{self.kind}_nodes": self.nodes,
+            f"{self.kind}_weight_bytes": self.weight_bytes,
+        }
 
 
 def as_lists(prompts: Sequence[Sequence[int]]) -> list[list[int]]:
@@ -245,6 +250,10 @@ class Runtime(Reader, Protocol):
     """Executes a container; every function opens the file in a child process."""
 
     @property
+    def EXECUTES(self) -> bool:
+        """Whether a device's runtime runs the file; False: a model of its program is judged."""
+
+    @property
     def PREDICTED(self) -> tuple[str, ...]:
         """The parts of Memory that `memory_on` predicts; the others are as measured here."""
 
@@ -260,7 +269,7 @@ class Runtime(Reader, Protocol):
         """How much can be asked of it; None: all that a recipe asks for."""
 
     def accelerator(self, file: Path) -> Accelerator | None:
-        """How much of the model the device's NPU runs; None: it is for the CPU."""
+        """How much of the model the device's NPU or GPU runs; None: it is for the CPU."""
 
     def version(self) -> str:
         """The runtime's name and version, as it stands in reports."""

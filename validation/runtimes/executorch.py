@@ -30,6 +30,7 @@ from ..runtime import (
 )
 from ..worker import Progress
 
+EXECUTES = True
 PREDICTED = ("mapped", "repacked", "kv_cache", "compute")  # it states none of them
 UNKNOWN: tuple[str, ...] = ()
 SESSION: Mapping[str, Any] = {

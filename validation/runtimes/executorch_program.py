@@ -75,13 +75,13 @@ class Program:
         for plan in self.values.get("execution_plan", []):
             if plan.get("name") == name:
                 return dict(plan)
-        raise _malformed(f"it has no method {name}")
+        raise malformed(f"it has no method {name}")
 
     def segment(self, index: int) -> npt.NDArray[np.uint8]:
         """uint8 (bytes,), mapped."""
         segments = self.values.get("segments", [])
         if index >= len(segments):
-            raise _malformed(f"it has no segment {index}")
+            raise malformed(f"it has no segment {index}")
         return _at(self.data, segments[index])
 
     def named(self, key: str) -> npt.NDArray[np.uint8]:
@@ -91,16 +91,27 @@ class Program:
         for entry in self.values.get("named_data", []):
             if entry.get("key") == key:
                 return self.segment(entry.get("segment_index", 0))
-        raise _malformed(f"nothing has the key {key}")
+        raise malformed(f"nothing has the key {key}")
 
-    def graph(self, segment: int) -> tuple[Values, bytes]:
-        """What XNNPACK is handed: a graph, and the constants inside of it."""
+    def constant(self, tensor: Values) -> npt.NDArray[np.uint8]:
+        """What the file holds of a tensor that a method reads, and all that lies behind it."""
+        held = self.values.get("constant_segment", {})
+        offsets = held.get("offsets", [])
+        place = tensor.get("data_buffer_idx", 0)
+        if not 0 < place < len(offsets):
+            raise malformed(f"it has no constant {place}")
+        return self.segment(held.get("segment_index", 0))[offsets[place] :]
+
+    def graph(
+        self, segment: int, tables: flatbuffer.Schema = schema.XNNPACK
+    ) -> tuple[Values, bytes]:
+        """What a backend is handed: a graph, and the constants inside of it."""
         content = self.segment(segment).tobytes()
         try:
             _, _, start, size, constants, count = _GRAPH.unpack_from(content)
-            values = flatbuffer.decode(schema.XNNPACK, content[start : start + size])
+            values = flatbuffer.decode(tables, content[start : start + size])
         except (ValueError, IndexError, struct.error) as error:
-            raise _malformed(f"segment {segment} is no graph: {error}") from error
+            raise malformed(f"segment {segment} is no graph: {error}") from error
         return values, content[constants : constants + count]
 
     @staticmethod
@@ -123,7 +134,7 @@ def _mapped(
             raise ValueError(f"it has {content.size} bytes of {base + nbytes}")
         values = flatbuffer.decode(tables, content[: sum(before)].tobytes())
     except (ValueError, IndexError, struct.error) as error:
-        raise _malformed(f"{file.name} cannot be read: {error}") from error
+        raise malformed(f"{file.name} cannot be read: {error}") from error
     return values, content[base:]
 
 
@@ -133,7 +144,7 @@ def _at(data: npt.NDArray[np.uint8], place: Values) -> npt.NDArray[np.uint8]:
     return data[start : start + place.get("size", 0)]
 
 
-def _malformed(why: str) -> ValidationFailed:
+def malformed(why: str) -> ValidationFailed:
     return ValidationFailed(
         "a program is not as slimport writes them", why, "export it again from the model"
     )

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -79,6 +79,43 @@ def _logged() -> str:
     return f"; its log ends in {lines[-1].strip()!r}" if lines else ""
 
 
+class Model(Protocol):
+    """A program that is open, with a cache that goes on from run to run.
+
+    Attributes:
+        vocab_size, context: as the program says.
+        chunk: tokens of the longest run of ALL_LOGITS.
+    """
+
+    vocab_size: int
+    context: int
+    chunk: int
+
+    def names(self) -> Collection[str]:
+        """Its methods."""
+
+    def told(self, name: str) -> list[int]:
+        """What a method of numbers returns."""
+
+    def run(self, method: str, ids: npt.NDArray[np.int32], position: int) -> Float32:
+        """Logits float32 (rows, vocabulary): they stand until the method runs again, as long as
+        the model lives.
+
+        Raises:
+            BadInput: as `refuse_longer`.
+        """
+
+
+def refuse_longer(model: Model, tokens: int) -> None:
+    """Raise BadInput beyond the context, where a kernel would fail."""
+    if tokens > model.context:
+        raise BadInput(
+            f"a text of {tokens} tokens is too long",
+            f"the program is made for a context of {model.context} tokens",
+            "validate with shorter windows or prompts",
+        )
+
+
 class _Model:
     """A program as a runner opens it, with the weights in `folder` if they lie outside of it.
 
@@ -95,30 +132,18 @@ class _Model:
             )
             _, self.chunk = self.module.method_meta(ALL_LOGITS).input_tensor_meta(0).sizes()
 
+    def names(self) -> Collection[str]:
+        found: list[str] = self.module.method_names()
+        return found
+
     def told(self, name: str) -> list[int]:
-        """What a method of numbers returns."""
         found: list[int] = self.module.run_method(name, ())
         return found
 
-    def refuse_longer(self, tokens: int) -> None:
-        """Raise BadInput beyond the context, where a kernel would fail."""
-        if tokens > self.context:
-            raise BadInput(
-                f"a text of {tokens} tokens is too long",
-                f"the program is made for a context of {self.context} tokens",
-                "validate with shorter windows or prompts",
-            )
-
     def run(self, method: str, ids: npt.NDArray[np.int32], position: int) -> Float32:
-        """Logits float32 (rows, vocabulary): they stand until the method runs again, as long as
-        the model lives.
-
-        Raises:
-            BadInput: as `refuse_longer`.
-        """
         import torch
 
-        self.refuse_longer(position + ids.size)
+        refuse_longer(self, position + ids.size)
         given = (torch.from_numpy(ids.astype(np.int64))[None], torch.tensor([position]))
         with _refusals("ExecuTorch cannot run the program"):
             (found,) = self.module.run_method(method, given, clone_outputs=False)
@@ -127,11 +152,23 @@ class _Model:
 
 
 def _logits(file: str, folder: str, windows: list[list[int]], out: str, threads: int) -> None:
-    ids, place = np.array(windows, np.int32), (Path(file), Path(folder))
-    model = _Model(*place, threads)
-    model.refuse_longer(ids.shape[1])
+    write_logits(lambda: _Model(Path(file), Path(folder), threads), windows, out)
+
+
+def write_logits(opened: Callable[[], Model], windows: list[list[int]], out: str) -> None:
+    """Logits of the first window's last tokens as a runner asks for them, and of all others.
+
+    Args:
+        opened: opens the program, twice: each method packs the weights for itself.
+        out: becomes a .npy file of float32 (n, length, vocabulary).
+
+    Raises:
+        BadInput: windows longer than the context.
+    """
+    ids, model = np.array(windows, np.int32), opened()
+    refuse_longer(model, ids.shape[1])
     first = _as_a_runner(model, ids[0])
-    model = _Model(*place, threads)  # anew: each method packs the weights for itself
+    model = opened()
     with writer(Path(out), (*ids.shape, model.vocab_size)) as target:
         for index, window in worker.counted(enumerate(ids), len(ids)):
             left = window.size - (len(first) if index == 0 else 0)
@@ -142,7 +179,7 @@ def _logits(file: str, folder: str, windows: list[list[int]], out: str, threads:
                 target.write(np.ascontiguousarray(first).data)
 
 
-def _as_a_runner(model: _Model, ids: npt.NDArray[np.int32]) -> Float32:
+def _as_a_runner(model: Model, ids: npt.NDArray[np.int32]) -> Float32:
     """Logits of the last tokens: of the end of a prompt, then of one token after the other."""
     start = max(1, ids.size - _DECODED)
     parts = [(0, start), *((place, place + 1) for place in range(start, ids.size))]
@@ -161,12 +198,13 @@ def _exact_logits(file: str, folder: str, windows: list[list[int]], out: str, th
 
 
 def _tokenize(file: str, folder: str, texts: list[str]) -> list[list[int]]:
-    tokenizer = _tokenizer(folder)
+    tokenizer = tokenizer_in(folder)
     with _refusals("ExecuTorch's tokenizer cannot read a text"):
         return [list(tokenizer.encode(text)) for text in texts]
 
 
-def _tokenizer(folder: str) -> Any:
+def tokenizer_in(folder: str) -> Any:
+    """The tokenizer of ExecuTorch's runner, with the file in `folder`."""
     from pytorch_tokenizers import pytorch_tokenizers_cpp
 
     tokenizer = pytorch_tokenizers_cpp.HFTokenizer()
@@ -176,20 +214,29 @@ def _tokenizer(folder: str) -> Any:
 
 
 def _vocabulary(file: str, folder: str) -> dict[str, Any]:
-    model = _Model(Path(file), Path(folder), 1)
-    named = "get_bos_id" in model.module.method_names()
+    return vocabulary_of(_Model(Path(file), Path(folder), 1))
+
+
+def vocabulary_of(model: Model) -> dict[str, Any]:
+    """What a program says to a runner."""
     return {
         "size": model.vocab_size,
         "eog": model.told("get_eos_ids"),
-        "bos": model.told("get_bos_id")[0] if named else None,
+        "bos": model.told("get_bos_id")[0] if "get_bos_id" in model.names() else None,
     }
 
 
 def _generate(
     file: str, folder: str, prompts: list[list[int]], max_tokens: int, threads: int
 ) -> list[tuple[list[int], bool]]:
-    model = _Model(Path(file), Path(folder), threads)
-    ends, known = set(model.told("get_eos_ids")), int(_tokenizer(folder).vocab_size())
+    return greedy(_Model(Path(file), Path(folder), threads), folder, prompts, max_tokens)
+
+
+def greedy(
+    model: Model, folder: str, prompts: list[list[int]], max_tokens: int
+) -> list[tuple[list[int], bool]]:
+    """Tokens after each prompt, and whether one ended them."""
+    ends, known = set(model.told("get_eos_ids")), int(tokenizer_in(folder).vocab_size())
     return [
         _greedy(model, np.array(prompt, np.int32), max_tokens, ends, known)
         for prompt in worker.counted(prompts, len(prompts))
@@ -214,7 +261,7 @@ def _require_same_text(
 
 
 def _greedy(
-    model: _Model, prompt: npt.NDArray[np.int32], max_tokens: int, ends: set[int], known: int
+    model: Model, prompt: npt.NDArray[np.int32], max_tokens: int, ends: set[int], known: int
 ) -> tuple[list[int], bool]:
     """As the runner: among the ids that its tokenizer knows, the rows beyond them are padding."""
     tokens: list[int] = []

@@ -28,6 +28,7 @@ from ..runtime import (
 from ..worker import Progress
 from . import llamacpp_memory
 
+EXECUTES = True
 PREDICTED = ("mapped", "repacked")
 UNKNOWN: tuple[str, ...] = ()
 SESSION: Mapping[str, Any] = {}

@@ -29,6 +29,7 @@ from ..runtime import (
 )
 from ..worker import Progress
 
+EXECUTES = True
 PREDICTED = ("mapped", "repacked", "kv_cache", "compute")  # it states none of them
 UNKNOWN: tuple[str, ...] = ()
 # What the session of `logits` is told: what may change bits is not left to defaults.

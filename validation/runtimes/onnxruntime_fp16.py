@@ -7,6 +7,7 @@ from pathlib import Path
 from ..runtime import Ids
 from . import onnxruntime
 from .onnxruntime import (
+    EXECUTES,
     PREDICTED,
     SESSION,
     accelerator,
@@ -22,6 +23,7 @@ from .onnxruntime import (
 )
 
 __all__ = [
+    "EXECUTES",
     "PREDICTED",
     "SESSION",
     "UNKNOWN",

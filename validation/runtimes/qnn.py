@@ -35,6 +35,7 @@ from ..runtime import (
 )
 from ..worker import Progress
 
+EXECUTES = True
 PREDICTED = ("mapped", "repacked", "kv_cache", "compute")  # the emulator's own say nothing
 UNKNOWN = (
     "speed: the time of the NPU's emulator says nothing about a phone",
@@ -78,7 +79,7 @@ def accelerator(file: Path) -> Accelerator:
     """How much of both graphs the NPU holds, as the shipped context models show it."""
     found = [_delegated(file.parent, name) for name in _GRAPHS]
     nodes, npu_nodes, stored, npu_stored = (sum(column) for column in zip(*found, strict=True))
-    return Accelerator(npu_nodes / nodes, npu_stored / stored)
+    return Accelerator(npu_nodes / nodes, npu_stored / stored, "npu")
 
 
 def logits(

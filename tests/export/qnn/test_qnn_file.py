@@ -88,7 +88,7 @@ def test_nothing_of_qualcomms_is_in_the_files(written: Written) -> None:
 def test_the_npu_holds_everything(written: Written) -> None:
     file = written[1] / container.FILE
     assert runtime.accelerator(file).to_json() == {"npu_nodes": 1.0, "npu_weight_bytes": 1.0}
-    assert runtime.accelerator(file).npu_nodes == 1.0
+    assert runtime.accelerator(file).nodes == 1.0
     for name in ("decode", "prefill"):
         model = onnx.load_model(written[1] / f"{name}.onnx")
         assert [node.op_type for node in model.graph.node] == ["EPContext"]
