@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from ..executorch.products import FEW, MANY, MOST, elements, member, text
+from ..executorch.products import FEW, MANY, elements, member, text
 from ..executorch.tools import VULKAN, generated
 
 _HEADER = struct.Struct("<4x4sHIIIQ")
@@ -98,7 +98,7 @@ def read_graph(payload: memoryview, sizes: Mapping[str, int]) -> Graph:
     schema = generated(VULKAN)
     raw = [
         member(schema, "GraphTypes", each.ValueType(), each.Value())
-        for each in elements(table, "Values", MOST)
+        for each in elements(table, "Values", MANY)
     ]
     values = [_value(id, kind, found, keys, sizes) for id, (kind, found) in enumerate(raw)]
     calls = tuple(_call(each, raw, values) for each in elements(table, "Chain", MANY))
