@@ -14,8 +14,8 @@ from ..executorch import device
 from ..executorch.device import EXECUTORCH
 
 _NOTE = (
-    "No GPU executed the file: its structure was checked, and it was judged by an eager model that"
-    " reads the very same program. Try it on the phones that it is for before it is shipped."
+    "Try the file on the phones that it is for before it is shipped: no GPU executed it. Its"
+    " structure was checked, and an eager model that reads the very same program was judged."
 )
 
 
