@@ -45,6 +45,10 @@ def test_a_gpu_has_its_container_and_cache() -> None:
     target = load_target("android-onnx-gpu")
     assert (target.containers, target.kv_cache) == (("onnx-fp16",), "f16")
     assert "GPU" in target.title
+    target = load_target("android-gpu")
+    assert (target.containers, target.kv_cache) == (("executorch-vulkan",), "f32")
+    assert target.budgets["gpu_nodes"].limit == target.budgets["gpu_weight_bytes"].limit == 1
+    assert "GPU" in target.title
 
 
 def test_play_limits() -> None:

@@ -35,11 +35,13 @@ def test_every_metric_is_measured() -> None:
         "ppl_ratio": 1.05,
     }
     npu = {"npu_nodes": 1.0, "npu_weight_bytes": 0.5}
-    assert measured({**REPORT, "accelerator": npu}) == measured(REPORT) | npu
+    gpu = {"gpu_nodes": 1.0, "gpu_weight_bytes": 0.5}
+    for shares in (npu, gpu):
+        assert measured({**REPORT, "accelerator": shares}) == measured(REPORT) | shares
     reward = {"score_error": 0.1, "pair_agreement": 0.96}
     scored = {**REPORT, "accuracy": {}, "preference": {"held_out": reward}}
     assert reward.items() <= measured(scored).items()
-    assert measured(REPORT).keys() | npu.keys() | reward.keys() == METRICS.keys()
+    assert measured(REPORT).keys() | npu.keys() | gpu.keys() | reward.keys() == METRICS.keys()
 
 
 def test_what_the_cpu_would_run_is_a_failure() -> None:
@@ -136,8 +138,12 @@ def test_no_metric_is_a_speed() -> None:
     assert not [metric for metric in METRICS if "tps" in metric or metric.endswith("_s")]
 
 
-@pytest.mark.parametrize("manifest", [{}, {"validated": False}, {"validated": "yes"}])
+@pytest.mark.parametrize(
+    "manifest",
+    [{}, {"validated": False}, {"validated": "yes"}, {"validated": False, "judged": False}],
+)
 def test_an_unvalidated_bundle_is_refused(manifest: dict[str, Any]) -> None:
     with pytest.raises(ValidationFailed, match="not validated"):
         require_validated(manifest)
     require_validated({"validated": True})
+    require_validated({"validated": False, "judged": True})  # nothing executes such a file here

@@ -148,6 +148,7 @@ def test_grids_that_it_does_not_multiply_are_refused(
         refuse(model, tiny_llama)
 
 
+@pytest.mark.filterwarnings("ignore")  # peft warns about tied tables
 def test_adapters_do_not_stay_separate(
     tiny_llama: Path, in_memory: Any, train_adapter: Any, read_tone: Any, tmp_path: Path
 ) -> None:
