@@ -18,7 +18,7 @@ from . import bundle
 from .architectures import DecoderConfig, decoder_config
 from .checkpoint import read_json
 from .errors import BadInput, SlimportError, Unsupported, UsageError, ValidationFailed, worst
-from .export.container import Container
+from .export.container import Base, Container
 from .quantize import imatrix, quantizer, store
 from .quantize.imatrix import Imatrix
 from .quantize.plan import Plan
@@ -231,6 +231,12 @@ def validate(
             context=job.deployment.context,
         )
         files = job.files(source, plan)
+        digests = manifest["digests"]
+        base = Base(
+            decoder, plan, source.tokenizer, job.deployment, quantized.weights_digest, digests
+        )
+        for (entry, adapter), path in zip(source.adapters, files.adapters, strict=False):
+            container.check_adapter(path, adapter, base, entry.scale)
         texts = shipment.fitted_texts(job, texts, files)
         judged, _ = shipment.judged(job, source, quantized, texts, files, work, progress)
     errors = manifest["errors"]

@@ -37,7 +37,7 @@ def _no_folder(variable: str) -> Callable[[], str | None]:
 
     def missing() -> str | None:
         folder = os.environ.get(variable)
-        if folder is None:
+        if not folder:
             return f"{variable} is not set"
         return None if Path(folder).is_dir() else f"{variable} is {folder}, which is not a folder"
 
@@ -112,6 +112,6 @@ def refuse(container: str) -> None:
         )
     raise Unsupported(
         f"container {container} is not there yet",
-        f"slimport finds {sdk.name} and writes nothing for it",
+        f"what it needs, {sdk.name}, seems to be there, and slimport writes nothing for it yet",
         instead.removeprefix("or "),
     )

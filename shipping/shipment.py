@@ -280,9 +280,21 @@ def judged(
         context=job.target.context_length,
         prompt_lengths=job.target.prompt_lengths,
         prompts=texts.prompts,
+        beside=_beside(source, quantized, files) if separate else (),
     )
     judgement = judge(case, job.runtime, work, progress)
     return judgement, golden_json(judgement, case)
+
+
+def _beside(
+    source: Source, quantized: QuantizedCheckpoint, files: Files
+) -> list[tuple[Path | None, Oracle]]:
+    """The base alone and all adapters but the first, each with the codes."""
+    found: list[tuple[Path | None, Oracle]] = [(None, Oracle(quantized.folder, quantized=True))]
+    for (entry, _), path in zip(source.adapters[1:], files.adapters[1:], strict=True):
+        codes = Oracle(quantized.folder, adapter=entry.path, scale=entry.scale, quantized=True)
+        found.append((path, codes))
+    return found
 
 
 def report_on(
@@ -327,7 +339,7 @@ def report_on(
         not_judged=[
             *runtime.UNKNOWN,
             *(
-                f"adapter {path.stem}: only {files.adapters[0].stem} was judged beside the base"
+                f"adapter {path.stem}: its texts; only {files.adapters[0].stem} was judged on them"
                 for path in files.adapters[1:]
             ),
         ],

@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from ..adapters.adapter import Adapter
 from ..adapters.config import trains_reward
 from ..adapters.lora import read_adapter
@@ -66,6 +68,8 @@ def open_source(recipe: Recipe, *, offline: bool = False) -> Source:
     adapters = tuple(
         (entry, read_adapter(entry.path, entry.name, base, decoder)) for entry in recipe.adapters
     )
+    for entry, adapter in adapters:
+        _refuse_overflow(entry, adapter)
     weights: Weights = base
     if decoder.reward and SCORE not in base.names() and recipe.adapter_mode == "separate":
         raise Unsupported(
@@ -87,6 +91,18 @@ def open_source(recipe: Recipe, *, offline: bool = False) -> Source:
         decoder=decoder_config(config),
         tokenizer=Tokenizer.open(base.folder, pre=recipe.pre),
     )
+
+
+def _refuse_overflow(entry: AdapterSource, adapter: Adapter) -> None:
+    for name, delta in adapter.deltas.items():
+        with np.errstate(over="ignore"):
+            largest = np.float32(entry.scale * delta.scale) * np.abs(delta.b).max(initial=0)
+        if not np.isfinite(largest):
+            raise UsageError(
+                f"the adapter {entry.name} is too large with the scale {entry.scale:g}",
+                f"its update of {name} is beyond float32",
+                "give a smaller scale: --adapter NAME=PATH:SCALE",
+            )
 
 
 def plan_of(recipe: Recipe, source: Source) -> Plan:

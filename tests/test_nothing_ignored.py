@@ -50,6 +50,15 @@ def edited(model: Path, folder: Path, name: str, change: Callable[[dict[str, Any
 # ---- adapters ----
 
 
+@pytest.mark.parametrize("mode", ["merged", "separate"])
+def test_a_scale_beyond_float32_is_refused(
+    mode: str, lora: Path, tiny_llama: Path, run: Run, tmp_path: Path
+) -> None:
+    words = ["--adapter", f"strong={lora}:1{'0' * 40}", "--adapter-mode", mode]
+    done = run("export", tiny_llama, *words, "--target", "android", "-o", tmp_path, "--dry-run")
+    assert done.code == 2 and "is beyond float32" in done.err, done.err
+
+
 def test_the_scale_of_a_separate_adapter_counts(
     tiny_llama: Path, lora: Path, recipe_for: Run, run: Run, tmp_path: Path, at_hand: None
 ) -> None:

@@ -40,6 +40,8 @@ class Case:
         texts: HELD_OUT and maybe "out_of_distribution", as windows.
         kv_cache, context, prompt_lengths: as the target says.
         prompts: {what it is: ids}, for golden.json and the samples in the report.
+        beside: what else ships and is only proven: an adapter's file, or None for the base alone,
+            and the codes with it.
     """
 
     file: Path
@@ -52,6 +54,7 @@ class Case:
     context: int
     prompt_lengths: Sequence[int]
     prompts: Mapping[str, Sequence[int]]
+    beside: Sequence[tuple[Path | None, Oracle]] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +107,7 @@ def judge(case: Case, runtime: Runtime, work: Path, progress: Progress) -> Judge
     conforms = conformance.check(case.tokenizer, case.file, runtime)
     effort = runtime.effort(case.file)
     errors = {text: _errors(case, text, runtime, work, progress) for text in case.texts}
+    _prove_others(case, runtime, work)
     prompts = list(case.prompts.values())
     count = min(GOLDEN_TOKENS, case.context - max(map(len, prompts)))
     if effort is not None:
@@ -193,18 +197,34 @@ def _graph(
     Raises:
         ValidationFailed: it means another one, however its runtime rounds.
     """
-    start = windows[:1, :SHORT]
-    meant, expected = work / "meant.npy", work / "expected.npy"
-    noise = runtime.exact_logits(case.file, start, meant, adapter=case.adapter)
+    start, expected = windows[:1, :SHORT], work / "expected.npy"
+    np.save(expected, logits.read(codes)[:1, :SHORT])
+    return _proven(case.file, case.adapter, start, expected, runtime, work)
+
+
+def _prove_others(case: Case, runtime: Runtime, work: Path) -> None:
+    """As `_graph`, for all else that ships: the base alone, and further adapters."""
+    start, expected = case.texts[HELD_OUT].ids[:1, :SHORT], work / "expected.npy"
+    for adapter, codes in case.beside:
+        reference.logits(codes, start, expected)
+        _proven(case.file, adapter, start, expected, runtime, work)
+
+
+def _proven(
+    file: Path, adapter: Path | None, start: Ids, expected: Path, runtime: Runtime, work: Path
+) -> Divergence | None:
+    """The exact logits of an artifact beside those of its codes, which are in `expected`."""
+    meant = work / "meant.npy"
+    noise = runtime.exact_logits(file, start, meant, adapter=adapter)
     if noise is None:
         return None
-    np.save(expected, logits.read(codes)[:1, :SHORT])
     found = divergence.compare(expected, meant, start)
     for path in (meant, expected):
         path.unlink()
     if found.kl_max > noise:
+        name = file.name if adapter is None else f"{file.name} with {adapter.name}"
         raise ValidationFailed(
-            f"{case.file.name} computes another model than the one that was quantized",
+            f"{name} computes another model than the one that was quantized",
             f"its exact logits diverge by up to {found.kl_max:.3g} nats from those of its codes",
             "report it with the model's config.json; --container gguf may hold this model",
         )

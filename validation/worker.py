@@ -89,8 +89,9 @@ def _converse(
 
 def _keep(what: str, log: IO[bytes]) -> None:
     """Hand on to the user's log what a child printed."""
-    log.seek(0)
-    user_log.say(what, log.read())
+    if user_log.wanted():
+        log.seek(0)
+        user_log.say(what, log.read())
 
 
 def _crash(module: str, job: str, status: int, log: IO[bytes]) -> errors.SlimportError:

@@ -80,7 +80,10 @@ def check_adapter(path: Path, adapter: Adapter, base: Base, scale: float = 1.0) 
         ValidationFailed: a factor differs, or an update is missing or left over.
     """
     refuse_foreign_adapter(path, base.weights_digest)
-    found = reader.open_file(path.parent.parent, base.config, path)
+    folder = path.parent.parent
+    found, alone = (reader.open_file(folder, base.config, file) for file in (path, None))
+    if (found.uses, found.lookup) != (alone.uses, alone.lookup):
+        raise _not_the_adapter(path, f"it computes with other weights than {layout.MODEL}")
     wanted = {stored.name: factor for stored, factor in _factors(adapter, base, scale)}
     if found.updates.keys() != wanted.keys():
         name = min(found.updates.keys() ^ wanted.keys())
@@ -92,7 +95,7 @@ def check_adapter(path: Path, adapter: Adapter, base: Base, scale: float = 1.0) 
         ):
             raise _not_the_adapter(path, f"{name} has other numbers")
     for name, stamp in found.stamps.items():
-        if not base.digests[name].startswith(stamp):
+        if not base.digests.get(name, "").startswith(stamp):
             raise _not_the_adapter(path, f"it takes {name} from another base")
 
 

@@ -30,7 +30,7 @@ def key(tensor: str, digest: str) -> str:
 
 def whole(base: Base, placed: Placed) -> bytes:
     """A program that has all its tensors."""
-    keys = keys_of(base, placed.layout.tensors)
+    keys = every_key(base, placed.layout.tensors)
     data = program.Data(placed.layout.tensors, placed.layout.nbytes, placed.constants, keys)
     return _program(base, placed, keys, data, outside=False)
 

@@ -16,9 +16,10 @@ import numpy as np
 import numpy.typing as npt
 
 from ...architectures import EMBEDDING, DecoderConfig, Kind, Weight, weights
+from ...architectures.rotation import turns
 from ...quantize.grid import Float32, Grid
 from ...quantize.tensor import QuantizedTensor
-from .opened import Lookup, Place, UInt8, broken
+from .opened import Lookup, Place, UInt8, broken, is_table
 
 _KEY = re.compile(
     r"(?P<stem>.+?)(\.lookup)?\.(?P<part>codes|scale|zero|weight|bias)"
@@ -124,6 +125,33 @@ def require_order(names: Sequence[str], config: DecoderConfig) -> None:
     for found, expected in zip_longest(names, wanted, fillvalue="nothing"):
         if found != expected:
             raise ValueError(f"forward computes with {found} in the place of {expected}")
+
+
+def require_tables(file: Held, config: DecoderConfig, repeats: int = 1) -> None:
+    """ValueError unless tables of ropes and numbers are what their keys say.
+
+    Args:
+        repeats: how often a row of a rope's table has its numbers, one after the other.
+    """
+    for key, place in file.keys.items():
+        if not is_table(key):
+            continue
+        held = np.frombuffer(file.data[place.file], "<f4", place.nbytes // 4, place.start)
+        kind, _, rest = key.partition(".")
+        if kind == "rope":
+            index, _, half = rest.partition(".")
+            rope = config.ropes[int(index)]
+            width = rope.rotated(config.head_dim) // 2
+            pair = turns(rope, config.head_dim, held.size // (width * repeats))
+            wanted = np.tile(pair[half == "sin"], repeats).ravel()
+        elif kind == "number":
+            wanted = np.array([float(rest)], "<f4")
+        elif kind == "offset":
+            wanted = np.full(int(rest), config.family.norm_offset, "<f4")
+        else:
+            wanted = np.arange(held.size, dtype="<f4")
+        if not np.array_equal(held, wanted):
+            raise ValueError(f"{key} has other numbers")
 
 
 def source(key: str) -> str:

@@ -297,9 +297,7 @@ class Program:
 
     def _graph(self, index: int) -> Graph:
         if index not in self._graphs:
-            graph = read_graph(self.segment(index), self._sizes)
-            self._spend(graph.size)
-            self._graphs[index] = graph
+            self._graphs[index] = read_graph(self.segment(index), self._sizes, self._spend)
         return self._graphs[index]
 
     def _spend(self, steps: int) -> None:

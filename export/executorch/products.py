@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -69,13 +69,11 @@ class Graph:
     """What a graph takes.
 
     Attributes:
-        size: how many nodes and values it has.
         inputs, outputs: how many of the values.
         uses: products by weights of the file, and inputs that are added or multiplied by, in the
             order in which they run.
     """
 
-    size: int
     inputs: int
     outputs: int
     uses: tuple[Product | Operand, ...]
@@ -97,20 +95,28 @@ class _Values(dict[int, _Value]):
         raise ValueError(f"a node is given value {id}, which nothing makes")
 
 
-def read_graph(payload: memoryview, sizes: Mapping[str, int]) -> Graph:
+def read_graph(
+    payload: memoryview, sizes: Mapping[str, int], spend: Callable[[int], None]
+) -> Graph:
     """The graph of a delegate.
 
     Args:
         sizes: {key: bytes} of what the file holds under names.
+        spend: is told how many nodes, values and constants it has before they are read.
 
     Raises:
         ValueError, or what the generated classes raise: it is malformed, or multiplies by a weight
             in a way that is none of those of Product.
     """
     graph, numbers = _parts(payload)
+    spend(graph.XnodesLength() + graph.XvaluesLength() + graph.ConstantDataLength())
     constants: list[str | None] = [None]  # the first stands for what is no constant
+    left = len(numbers)
     for each in [*elements(graph, "ConstantData", MANY)][1:]:
         constants.append(_constant(each, sizes, numbers))
+        left -= 0 if constants[-1] else each.Size()
+        if left < 0:
+            raise ValueError("its constants are larger than what it brings along")
     values = _Values()
     for each in elements(graph, "Xvalues", MANY):
         value = _value(each)
@@ -123,7 +129,7 @@ def read_graph(payload: memoryview, sizes: Mapping[str, int]) -> Graph:
     places = {id: n for n, id in enumerate(inputs)}
     uses = tuple(_uses(graph, values, constants, places, sums))
     _require_updates([use for use in uses if isinstance(use, Product)], sums)
-    return Graph(graph.XnodesLength() + len(values), len(inputs), len(outputs), uses)
+    return Graph(len(inputs), len(outputs), uses)
 
 
 def factor_of(key: str) -> str | None:
@@ -249,7 +255,7 @@ def _require_updates(products: list[Product], sums: set[frozenset[int]]) -> None
     for place, first in enumerate(products):
         factor = factor_of(first.weight)
         if factor is None or factor.endswith("lora_b"):
-            continue  # every b is asked for by its a
+            continue  # a b without an a before it is one too many: the reader counts them
         if not 0 < place < len(products) - 1:
             raise ValueError(f"{factor} stands alone")
         base, second = products[place - 1], products[place + 1]

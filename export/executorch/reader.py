@@ -24,6 +24,7 @@ from .held import (
     nibbles,
     on_grid,
     require_order,
+    require_tables,
     source,
     stamps_of,
 )
@@ -71,14 +72,17 @@ def open_file(folder: Path, config: DecoderConfig, adapter: Path | None = None) 
         }
         if factors and adapter is None:
             raise ValueError(f"it has an update: {min(factors)}")
-        if len(factors) != len(program.own) - 1 and adapter is not None:
-            raise ValueError("it has a factor twice, or one that nothing is multiplied by")
         plain = [use for use in uses if isinstance(use, Vector) or not factor_of(use.weight)]
+        counts = {len(factors), len(uses) - len(plain), len(program.own) - 1}
+        if len(counts) > 1 and adapter is not None:
+            raise ValueError("it has a factor twice, or one that nothing is multiplied by")
         named = {_names(use)[0]: use for use in plain}
         require_order([name for use in plain for name in _names(use)], config)
         whole = {program.name: program.data} | ({shared.name: shared.data} if shared else {})
         stamps = stamps_of(key for key in program.keys if _is_weight(key, adapter is not None))
-        return File(whole, program.keys, lookup, stamps, named, factors)
+        found = File(whole, program.keys, lookup, stamps, named, factors)
+        require_tables(found, config)
+        return found
 
 
 def read_mark(path: Path) -> str:

@@ -24,6 +24,7 @@ from ..executorch.held import (
     nibbles,
     on_grid,
     require_order,
+    require_tables,
     rows_of,
     stamps_of,
 )
@@ -162,6 +163,7 @@ def open_file(folder: Path, config: DecoderConfig) -> File:
             _require_rows(name, parts)
         stamps = stamps_of(key for key in program.keys if not is_table(key))
         held = Held({program.name: program.data}, program.keys, lookup, stamps)
+        require_tables(held, config, repeats=2)
         return File(held, matrices, norms, config)
 
 

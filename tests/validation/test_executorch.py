@@ -286,6 +286,19 @@ def test_what_a_library_logs_stays_in_the_child(
     assert capfd.readouterr() == ("", "")
 
 
+def test_what_ships_beside_is_proven_too(
+    int4: Exported, here: None, tmp_path: Path, make_model: Any
+) -> None:
+    """The base alone, and adapters that no text is judged with."""
+    right = dataclasses.replace(
+        case(int4, int4.file), beside=[(None, Oracle(int4.quantized.folder, quantized=True))]
+    )
+    judge._prove_others(right, executorch, tmp_path)
+    wrong = dataclasses.replace(right, beside=[(None, Oracle(make_model("llama", seed=5)))])
+    with pytest.raises(ValidationFailed, match="computes another model"):
+        judge._prove_others(wrong, executorch, tmp_path)
+
+
 def test_a_runner_that_says_something_else_is_a_failure(
     floats: Exported, here: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -7,11 +7,12 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
 from slimport import log
-from slimport.errors import EnvironmentFailed, Unsupported, ValidationFailed
+from slimport.errors import EnvironmentFailed, Unsupported, UsageError, ValidationFailed
 from slimport.validation import worker
 
 JOBS = """
@@ -147,3 +148,14 @@ def test_what_a_child_prints_goes_to_the_users_log(tmp_path):
     assert (tmp_path / "log.txt").read_text().startswith(text)
     with pytest.raises(EnvironmentFailed, match="cannot be written"), log.writing(tmp_path):
         pass
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    with pytest.raises(UsageError, match="is no log"), log.writing(tmp_path / "model.gguf"):
+        pass
+    assert (tmp_path / "model.gguf").read_bytes() == b"GGUF"
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device of Linux")
+def test_a_log_that_cannot_be_written_any_more_ends_and_nothing_else(capsys):
+    with log.writing(Path("/dev/full")):
+        assert call("add", a=1, b=2) == 3
+    assert capsys.readouterr().err.count("the log ends here") == 1

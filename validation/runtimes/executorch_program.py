@@ -65,9 +65,12 @@ class Program:
         shared = {}
         if weights is not None:
             table, content = _mapped(weights, b"FH01", _WEIGHTS, schema.DATA)
-            for entry in table["named_data"]:
-                place = table["segments"][entry.get("segment_index", 0)]
-                shared[entry["key"]] = _at(content, place)
+            try:
+                for entry in table["named_data"]:
+                    place = table["segments"][entry.get("segment_index", 0)]
+                    shared[entry["key"]] = _at(content, place)
+            except LookupError as error:
+                raise malformed(f"{weights.name} has no {error}") from error
         return cls(values, data, shared)
 
     def method(self, name: str) -> Values:

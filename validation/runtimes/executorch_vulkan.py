@@ -65,7 +65,7 @@ _FLOAT = 4
 _BESIDE = frozenset(
     """aten::sym_size executorch_prim::add executorch_prim::ge aten::slice_copy aten::add
     aten::embedding aten::_to_copy quantized_decomposed::embedding_byte
-    quantized_decomposed::embedding_4bit""".split()
+    quantized_decomposed::embedding_4bit quantized_decomposed::embedding_2bit""".split()
 )
 
 

@@ -135,6 +135,19 @@ def _nibbles(
     return _scaled(codes.astype(np.int8) - np.int8(8), scale[ids.numpy()])
 
 
+def _pairs_of_bits(
+    table: Any, scale: Any, zero: Any, low: int, high: int, ids: Tensor, _: Any
+) -> Tensor:
+    """The first of four stands in the lowest bits of a byte, raised by 2; less its zero point."""
+    rows = table[ids.numpy()]
+    codes = np.stack([rows >> place & 3 for place in (0, 2, 4, 6)], -1).reshape(
+        *rows.shape[:-1], -1
+    )
+    scales, zeros = scale[ids.numpy()], zero[ids.numpy()]
+    grouped = codes.astype(np.float32).reshape(*scales.shape, -1) - np.float32(2)
+    return torch.from_numpy(((grouped - zeros[..., None]) * scales[..., None]).reshape(codes.shape))
+
+
 def _scaled(codes: Any, scale: Any) -> Tensor:
     """Rows of codes (..., columns) with scales (..., groups)."""
     grouped = codes.astype(np.float32).reshape(*scale.shape, -1)
@@ -152,6 +165,7 @@ _KERNELS: dict[str, Callable[..., Any]] = {
     "aten::_to_copy.out": lambda x, *_: x.float(),
     "quantized_decomposed::embedding_byte.out": _bytes,
     "quantized_decomposed::embedding_4bit.out": _nibbles,
+    "quantized_decomposed::embedding_2bit.out": _pairs_of_bits,
 }
 
 

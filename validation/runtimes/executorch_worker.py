@@ -256,7 +256,7 @@ def _require_same_text(
             _package(), Path(file), place / TOKENIZER, weights_of(place)
         )
         return executorch_runner.require_same_text(
-            *found, _tokenizer(folder), prompts, answers, context
+            *found, tokenizer_in(folder), prompts, answers, context
         )
 
 

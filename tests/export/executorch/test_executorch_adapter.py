@@ -164,6 +164,20 @@ def test_another_adapter_or_base_is_noticed(toned: dict[str, Any], tmp_path: Pat
         container.refuse_foreign_adapter(toned["file"], base.weights_digest)
 
 
+def test_products_with_the_scales_of_another_layer_are_noticed(toned: dict[str, Any]) -> None:
+    tone, base = toned["tone"], toned["base"]
+    names = [f"model.layers.{layer}.mlp.up_proj" for layer in (0, 1)]
+    keys = [f"{n}.scale:{base.digests[f'{n}.weight'][:16]}".encode() for n in names]
+    whole = tone.read_bytes()
+    try:
+        parts = (part.replace(keys[1], keys[0]) for part in whole.split(keys[0]))
+        tone.write_bytes(keys[1].join(parts))
+        with pytest.raises(ValidationFailed, match=r"other weights than model\.pte"):
+            container.check_adapter(tone, toned["adapter"], base, 0.5)
+    finally:
+        tone.write_bytes(whole)
+
+
 def test_the_weights_of_another_base_are_refused_by_the_runtime_itself(
     toned: dict[str, Any], tiny_llama: Path, in_memory: Any, tmp_path: Path
 ) -> None:

@@ -420,6 +420,37 @@ def test_both_copies_of_a_table_must_be_equal(source: Path, in_memory: Any, tmp_
             assert "another matrix as the head" in failure.value.why
 
 
+def test_tables_and_numbers_are_what_their_keys_say(written: Written, tmp_path: Path) -> None:
+    model, folder = written
+    file = open_file(folder, model.decoder)
+    keys = [key for key in file.keys if ":" not in key]
+    assert {"rope.0.cos", "rope.0.sin"} < set(keys) and any("number." in key for key in keys)
+    for key in keys:
+        place = file.keys[key]
+        damaged(written, tmp_path, place.stop - 1, 0x40)
+        with pytest.raises(BadInput) as failure:
+            open_file(tmp_path, model.decoder)
+        assert f"{key} has other numbers" in failure.value.why
+
+
+def test_what_a_graph_has_is_counted_before_it_is_read(
+    written: Written, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its constants too: segments may overlap, and be read again and again."""
+    told: list[int] = []
+    read = products.read_graph
+
+    def counted(payload: Any, sizes: Any, spend: Any) -> Any:
+        before = len(told)
+        found = read(payload, sizes, lambda count: (told.append(count), spend(count)))
+        assert len(told) == before + 1 and told[-1] > 1 + len(found.uses)
+        return found
+
+    monkeypatch.setattr(opened, "read_graph", counted)
+    open_file(written[1], written[0].decoder)
+    assert told
+
+
 def test_a_grid_that_was_not_written_is_refused(written: Written) -> None:
     model, folder = written
     for name, grid in (
