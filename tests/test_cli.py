@@ -165,6 +165,7 @@ def test_targets_lists_every_profile(run: Run) -> None:
     qnn = ["android-qnn", "android-qnn-v75", "android-qnn-v79", "android-qnn-v81"]
     assert [target["name"] for target in found] == [
         "android",
+        "android-gpu",
         "android-onnx-gpu",
         *qnn,
         "galaxy-s24",
