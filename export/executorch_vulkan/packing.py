@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ...architectures.rotation import turns
+from ...quantize.grid import Grid
 from ...quantize.store import QuantizedCheckpoint
 from ...quantize.tensor import QuantizedTensor
 from ..executorch import packing
@@ -27,10 +28,16 @@ def parts(tensor: Stored, model: QuantizedCheckpoint) -> Iterator[npt.NDArray[An
         rope = model.decoder.ropes[int(index)]
         half = turns(rope, model.decoder.head_dim, tensor.shape[0])[which == "sin"]
         yield np.ascontiguousarray(np.concatenate((half, half), 1), "<f4")
-    elif tensor.part == "scale" and LOOKUP not in tensor.name and tensor.shape[1] != 1:
+    elif tensor.part == "scale" and _is_product(tensor):
         yield _across(tensor, model)
     else:
         yield from packing.parts(tensor, model)
+
+
+def _is_product(tensor: Stored) -> bool:
+    """Whether a tensor is of a matrix of 4-bit codes that the GPU multiplies by."""
+    grid = tensor.choices[0].grid
+    return isinstance(grid, Grid) and grid.bits == 4 and LOOKUP not in tensor.name
 
 
 def _across(tensor: Stored, model: QuantizedCheckpoint) -> npt.NDArray[Any]:

@@ -122,6 +122,17 @@ def meant(model: Exported, out: Path, ids: np.ndarray[Any, Any]) -> Any:
     return np.load(out)
 
 
+@pytest.mark.parametrize("grid", ["int2-g64", "int8-g32"])
+def test_a_table_of_groups_means_its_codes(
+    grid: str, make_model: Any, here: None, tmp_path: Path
+) -> None:
+    model = make_model("llama", tie_word_embeddings=False)
+    found = export(model, tmp_path, **{"*embed_tokens*": grid})
+    ids = windows(1, 24)
+    expected = meant(found, tmp_path / "expected.npy", ids)
+    assert np.abs(run(found.file, tmp_path / "got.npy", ids) - expected).max() < 2e-5
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_are_those_of_transformers(
     family: str, make_model: Any, here: None, short_chunks: None, tmp_path: Path
