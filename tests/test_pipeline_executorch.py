@@ -77,18 +77,29 @@ def test_equal_inputs_give_equal_bytes(
     assert again == (folder / "model.pte").read_bytes()
 
 
+@pytest.mark.parametrize(
+    "judged", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["packed", "judged"]
+)
 @pytest.mark.filterwarnings("ignore")  # peft
 def test_an_adapter_is_a_program_beside_the_weights_of_its_base(
-    exported: tuple[Path, Path], tiny_llama: Path, run: Run, tmp_path: Path, make_adapter: Any
+    judged: bool,
+    tiny_llama: Path,
+    recipe_for: Run,
+    run: Run,
+    tmp_path: Path,
+    make_adapter: Any,
 ) -> None:
     make_adapter(tiny_llama, tmp_path / "lora", 1, ["q_proj", "down_proj"])
     words = ["--adapter", f"tone={tmp_path / 'lora'}", "--adapter-mode", "separate"]
-    given = ["--config", exported[0], *EXECUTORCH, *words, "--output", tmp_path / "dist"]
-    done = run("export", *given)
+    recipe = recipe_for(tmp_path, tiny_llama)
+    given = ["--config", recipe, *EXECUTORCH, *words, "--output", tmp_path / "dist"]
+    done = run("export", *given, *([] if judged else ["--no-validate"]))
     assert done.code == 0, done.err
     folder = tmp_path / "dist" / "pocket"
-    report = json.loads((folder / "report" / "report.json").read_text())
-    assert report["adapters"][0]["mode"] == "separate"
+    if judged:
+        report = json.loads((folder / "report" / "report.json").read_text())
+        assert report["adapters"][0]["mode"] == "separate" and report["passed"]
+        assert run("validate", folder, "--config", recipe, *words, "-q").code == 0
     assert (folder / "adapters" / "tone.pte").stat().st_size < 2 * 2**20
     readme = (folder / "README.md").read_text()
     assert 'TextLLMRunner("adapters/tone.pte", "tokenizer.json", "base_weights.ptd")' in readme
@@ -124,8 +135,15 @@ def test_a_flipped_bit_does_not_verify(exported: tuple[Path, Path], tmp_path: Pa
     ],
 )
 def test_what_it_cannot_hold_is_refused(
-    words: list[str], code: int, said: str, exported: tuple[Path, Path], run: Run, tmp_path: Path
+    words: list[str],
+    code: int,
+    said: str,
+    tiny_llama: Path,
+    recipe_for: Run,
+    run: Run,
+    tmp_path: Path,
 ) -> None:
-    done = run("export", "--config", exported[0], *EXECUTORCH, *words, "--output", tmp_path / "new")
+    recipe = recipe_for(tmp_path, tiny_llama)
+    done = run("export", "--config", recipe, *EXECUTORCH, *words, "--output", tmp_path / "new")
     assert done.code == code and said in done.err, done.err
     assert not (tmp_path / "new").exists()

@@ -103,8 +103,9 @@ def test_a_flipped_bit_does_not_verify(exported: tuple[Path, Path]) -> None:
     ],
 )
 def test_what_it_cannot_hold_is_refused(
-    words: list[str], said: str, exported: tuple[Path, Path], run: Run, tmp_path: Path
+    words: list[str], said: str, tiny_llama: Path, recipe_for: Run, run: Run, tmp_path: Path
 ) -> None:
-    done = run("export", "--config", exported[0], *GPU, *words, "--output", tmp_path / "new")
+    recipe = recipe_for(tmp_path, tiny_llama)
+    done = run("export", "--config", recipe, *GPU, *words, "--output", tmp_path / "new")
     assert done.code == 5 and said in done.err, done.err
     assert not (tmp_path / "new").exists()
