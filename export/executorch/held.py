@@ -104,7 +104,7 @@ def on_grid(
         raise broken(f"{weight.name} has codes beyond the grid {grid.name}")
     if not ((scale > 0) & np.isfinite(scale)).all():
         raise broken(f"{weight.name} has a scale that is not above 0, or not finite")
-    return QuantizedTensor(grid, codes, np.array(scale, np.float32))
+    return QuantizedTensor(grid, codes, np.array(scale, np.float32, order="C"))
 
 
 def stamps_of(keys: Iterable[str]) -> dict[str, str]:

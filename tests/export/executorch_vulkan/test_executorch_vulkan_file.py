@@ -65,6 +65,7 @@ def test_every_code_comes_back(
             assert isinstance(tensor, QuantizedTensor) and tensor.grid is expected.grid
             np.testing.assert_array_equal(tensor.codes, expected.codes)
             np.testing.assert_array_equal(tensor.scale, expected.scale)
+            assert tensor.codes.flags.c_contiguous and tensor.scale.flags.c_contiguous
             digests[name] = expected.digest(name)
         else:
             table = "embed_tokens" in name
