@@ -235,7 +235,8 @@ def validate(
         base = Base(
             decoder, plan, source.tokenizer, job.deployment, quantized.weights_digest, digests
         )
-        for (entry, adapter), path in zip(source.adapters, files.adapters, strict=False):
+        separate = source.adapters if source.mode == "separate" else ()
+        for (entry, adapter), path in zip(separate, files.adapters, strict=True):
             container.check_adapter(path, adapter, base, entry.scale)
         texts = shipment.fitted_texts(job, texts, files)
         judged, _ = shipment.judged(job, source, quantized, texts, files, work, progress)

@@ -13,7 +13,7 @@ from typing import NamedTuple, Protocol
 
 from ..adapters.adapter import Adapter
 from ..architectures import DecoderConfig, Kind
-from ..errors import BadInput
+from ..errors import BadInput, Unsupported, ValidationFailed
 from ..quantize.blocks import Quantized
 from ..quantize.grid import Float32
 from ..quantize.plan import Plan
@@ -216,6 +216,29 @@ def foreign_adapter(path: Path, why: str) -> BadInput:
     return BadInput(
         f"{path.name} is not an adapter of this base", why, "export base and adapter together again"
     )
+
+
+def not_the_adapter(path: Path, why: str) -> ValidationFailed:
+    """What `check_adapter` raises."""
+    return ValidationFailed(
+        f"{path.name} does not hold the adapter that was given",
+        why,
+        "export again; if it stays, report it with the adapter_config.json",
+    )
+
+
+def refuse_all_but_layers(adapter: Adapter, container: str) -> None:
+    """Raise Unsupported if an adapter is more than an addition to matrices of decoder layers."""
+    why = adapter.why_not_separate
+    tables = [name for name in adapter.deltas if ".layers." not in name]
+    if why is None and tables:
+        why = f"it changes {tables[0]}, and only the matrices of decoder layers take an update"
+    if why:
+        raise Unsupported(
+            f"the adapter {adapter.name} cannot stay separate in {container}",
+            why,
+            "merge it: --adapter-mode merged",
+        )
 
 
 def normalization_notes(tokenizer: Tokenizer, runtime: str) -> list[str]:

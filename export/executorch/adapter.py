@@ -15,9 +15,14 @@ import numpy as np
 
 from ...adapters.adapter import Adapter
 from ...architectures import weights
-from ...errors import Unsupported, ValidationFailed
 from ...quantize.grid import Float32
-from ..container import ANY_DIGEST, Base, foreign_adapter
+from ..container import (
+    ANY_DIGEST,
+    Base,
+    foreign_adapter,
+    not_the_adapter,
+    refuse_all_but_layers,
+)
 from ..file import write_aligned
 from ..layout import ALIGNMENT, Layout, Stored
 from . import files, layout, program, reader
@@ -29,16 +34,7 @@ Factor = tuple[Stored, Float32]
 
 def refuse_adapter(adapter: Adapter) -> None:
     """Raise Unsupported if the adapter is more than an addition to matrices of decoder layers."""
-    why = adapter.why_not_separate
-    tables = [name for name in adapter.deltas if ".layers." not in name]
-    if why is None and tables:
-        why = f"it changes {tables[0]}, and only the matrices of decoder layers take an update"
-    if why:
-        raise Unsupported(
-            f"the adapter {adapter.name} cannot stay separate in ExecuTorch",
-            why,
-            "merge it: --adapter-mode merged",
-        )
+    refuse_all_but_layers(adapter, "ExecuTorch")
 
 
 def predict_adapter(adapter: Adapter, base: Base) -> dict[str, int]:
@@ -83,20 +79,20 @@ def check_adapter(path: Path, adapter: Adapter, base: Base, scale: float = 1.0) 
     folder = path.parent.parent
     found, alone = (reader.open_file(folder, base.config, file) for file in (path, None))
     if (found.uses, found.lookup) != (alone.uses, alone.lookup):
-        raise _not_the_adapter(path, f"it computes with other weights than {layout.MODEL}")
+        raise not_the_adapter(path, f"it computes with other weights than {layout.MODEL}")
     wanted = {stored.name: factor for stored, factor in _factors(adapter, base, scale)}
     if found.updates.keys() != wanted.keys():
         name = min(found.updates.keys() ^ wanted.keys())
-        raise _not_the_adapter(path, f"{name} is missing or left over")
+        raise not_the_adapter(path, f"{name} is missing or left over")
     for name, factor in wanted.items():
         place = found.keys[found.updates[name]]
         if place.nbytes != factor.nbytes or not np.array_equal(
             found.array(place, "<f4", factor.shape), factor
         ):
-            raise _not_the_adapter(path, f"{name} has other numbers")
+            raise not_the_adapter(path, f"{name} has other numbers")
     for name, stamp in found.stamps.items():
         if not base.digests.get(name, "").startswith(stamp):
-            raise _not_the_adapter(path, f"it takes {name} from another base")
+            raise not_the_adapter(path, f"it takes {name} from another base")
 
 
 def refuse_foreign_adapter(path: Path, base: str) -> None:
@@ -138,11 +134,3 @@ def _head(
     }
     placed = layout.layout(base.config, base.plan, base.deployment)
     return files.sharing(base, placed, updates, data), data
-
-
-def _not_the_adapter(path: Path, why: str) -> ValidationFailed:
-    return ValidationFailed(
-        f"{path.name} does not hold the adapter that was given",
-        why,
-        "export again; if it stays, report it with the adapter_config.json",
-    )

@@ -277,12 +277,11 @@ def serialize(methods: Sequence[Method], plans: list[flatbuffer.Values], data: D
         plans: further methods, which call nothing.
     """
     graphs = list(dict.fromkeys(graph for method in methods for graph in method.graphs))
-    ends, place = [], 0
+    place = 0
     segments: list[flatbuffer.Values] = []
     for graph in graphs:
         segments.append({"offset": place, "size": len(graph)})
         place = padded(place + len(graph))
-        ends.append(place)
     segment_of = {graph: index for index, graph in enumerate(graphs)}
     constants = {
         "segment_index": len(segments),

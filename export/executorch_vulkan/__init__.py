@@ -16,6 +16,7 @@ from ...quantize.store import QuantizedCheckpoint
 from ...tokenizer.tokenizer import Tokenizer
 from ..container import Base, Deployment, Minimum, ReadBack
 from ..executorch.compare import compare
+from ..executorch.layout import MODEL
 from ..executorch.tokenizer import TOKENIZER, refuse_tokenizer, tokenizer_json
 from ..file import write_aligned, write_bytes
 from ..layout import ALIGNMENT
@@ -56,7 +57,7 @@ __all__ = [
 ]
 
 NAME = "executorch-vulkan"
-FILE = "model.pte"
+FILE = MODEL
 LIBRARIES = ("flatbuffers",)
 CALIBRATED, PROOF, ESTIMATED = False, tuple[str, ...](), tuple[str, ...]()
 

@@ -14,14 +14,13 @@ import numpy.typing as npt
 
 from ...adapters.adapter import Adapter
 from ...architectures import Weight, weights
-from ...errors import ValidationFailed
 from ...quantize.blocks import BlockTensor, Quantized
 from ...quantize.compiled import compiled
 from ...quantize.ggml import Type, dequantize_rows
 from ...quantize.grid import Float32, Int8
 from ...quantize.store import QuantizedCheckpoint
 from ...quantize.tensor import QuantizedTensor
-from ..container import Base, ReadBack
+from ..container import Base, ReadBack, not_the_adapter
 from ..readback import compare_weights, differs, float_error
 from .reader import Stored, matched, open_gguf, source_rows, unpack
 
@@ -105,7 +104,7 @@ def check_adapter(path: Path, adapter: Adapter, base: Base, scale: float) -> Non
     names = {f"{name}.{half}" for name in wanted for half in ("lora_a", "lora_b")}
     named = file.metadata.get("slimport.base_weights_digest")
     if set(file.tensors) != names or named != base.weights_digest:
-        raise _not_the_adapter(path, "its updates or its base are others")
+        raise not_the_adapter(path, "its updates or its base are others")
     for name, weight in wanted.items():
         first, second = (
             file.tensors[f"{name}.{half}"].rows.view("<f4") for half in ("lora_a", "lora_b")
@@ -119,12 +118,4 @@ def check_adapter(path: Path, adapter: Adapter, base: Base, scale: float) -> Non
             scaled[source_rows(weight, config)] = applied
         wanted_scaled = other * np.float32(scale * delta.scale)
         if not (np.array_equal(first, plain) and np.allclose(scaled, wanted_scaled, 1e-5, 1e-9)):
-            raise _not_the_adapter(path, f"the update of {weight.name} has other factors")
-
-
-def _not_the_adapter(path: Path, why: str) -> ValidationFailed:
-    return ValidationFailed(
-        f"{path.name} does not hold the adapter that was given",
-        why,
-        "export again; if it stays, report it with adapter_config.json",
-    )
+            raise not_the_adapter(path, f"the update of {weight.name} has other factors")

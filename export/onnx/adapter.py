@@ -18,9 +18,9 @@ import onnxruntime as ort
 
 from ...adapters.adapter import Adapter
 from ...architectures import Weight, weights
-from ...errors import BadInput, Unsupported, ValidationFailed
+from ...errors import BadInput
 from ...quantize.floats import half
-from ..container import Base, foreign_adapter
+from ..container import Base, foreign_adapter, not_the_adapter, refuse_all_but_layers
 from ..file import sync_folder
 from .layout import FLOAT16, FLOAT32, Float
 
@@ -37,16 +37,7 @@ def adapter_inputs(matrix: str, base: str) -> tuple[str, str]:
 
 def refuse_adapter(adapter: Adapter) -> None:
     """Raise Unsupported if the adapter is more than an addition to matrices of decoder layers."""
-    why = adapter.why_not_separate
-    tables = [name for name, delta in adapter.deltas.items() if ".layers." not in name]
-    if why is None and tables:
-        why = f"it changes {tables[0]}, and only the matrices of decoder layers take an update"
-    if why:
-        raise Unsupported(
-            f"the adapter {adapter.name} cannot stay separate in ONNX",
-            why,
-            "merge it: --adapter-mode merged",
-        )
+    refuse_all_but_layers(adapter, "ONNX")
 
 
 def predict_adapter(adapter: Adapter, base: Base, activations: Float = FLOAT32) -> dict[str, int]:
@@ -101,10 +92,10 @@ def check_adapter(
     wanted = dict(_factors(adapter, base, scale, activations))
     if stored.keys() != wanted.keys():
         name = min(stored.keys() ^ wanted.keys())
-        raise _not_the_adapter(path, f"{name} is missing or left over")
+        raise not_the_adapter(path, f"{name} is missing or left over")
     for name, factor in wanted.items():
         if stored[name].dtype != factor.dtype or not np.array_equal(stored[name], factor):
-            raise _not_the_adapter(path, f"{name} has other numbers")
+            raise not_the_adapter(path, f"{name} has other numbers")
 
 
 def read_adapter(path: Path) -> dict[str, Factor]:
@@ -164,11 +155,3 @@ def _export(factors: dict[str, Factor], path: Path) -> None:
     values = {name: ort.OrtValue.ortvalue_from_numpy(factor) for name, factor in factors.items()}
     file.set_parameters(values)
     file.export_adapter(str(path))
-
-
-def _not_the_adapter(path: Path, why: str) -> ValidationFailed:
-    return ValidationFailed(
-        f"{path.name} does not hold the adapter that was given",
-        why,
-        "export again; if it stays, report it with the adapter_config.json",
-    )
