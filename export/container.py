@@ -49,12 +49,14 @@ class Deployment:
         context: tokens of a text and its continuation that the device keeps.
         adapted: kinds of the matrices that separate adapters change at run time.
         hexagon: version of the Hexagon processor that a target names.
+        ios: the oldest iOS that a target names.
         calibration: text that activations are observed on, for a container that is CALIBRATED.
     """
 
     context: int
     adapted: frozenset[Kind] = frozenset()
     hexagon: int | None = None
+    ios: int | None = None
     calibration: Windows | None = None
 
 
@@ -135,7 +137,7 @@ class Container(Protocol):
     def refuse(self, config: DecoderConfig, plan: Plan, tokenizer: Tokenizer) -> None:
         """Raise Unsupported if the container cannot hold this exactly; before any work starts."""
 
-    def refuse_deployment(self, deployment: Deployment) -> None:
+    def refuse_deployment(self, plan: Plan, deployment: Deployment) -> None:
         """Raise Unsupported if no files can be made for this; before any work starts."""
 
     def predict(

@@ -15,7 +15,8 @@ from ..quantize.grid import Grid
 from ..quantize.plan import Choice
 
 ALIGNMENT = 64
-INT4 = "int4"
+INT4, UINT4, UINT2 = "int4", "uint4", "uint2"
+_BITS = {INT4: 4, UINT4: 4, UINT2: 2}
 
 Part = Literal["codes", "scale", "zero_point", "values"]
 
@@ -25,7 +26,7 @@ class Stored:
     """A tensor in the data file.
 
     Attributes:
-        dtype: as numpy writes it, such as "<f2", or INT4, two numbers to a byte.
+        dtype: as numpy writes it, such as "<f2", or one of fewer bits, such as INT4, packed.
         choices: the weights it is made of, one after the other along their rows; none for a table
             of the rope.
         part: what of these weights it holds.
@@ -41,7 +42,7 @@ class Stored:
 
     @property
     def nbytes(self) -> int:
-        bits = 4 if self.dtype == INT4 else 8 * np.dtype(self.dtype).itemsize
+        bits = _BITS.get(self.dtype) or 8 * np.dtype(self.dtype).itemsize
         return -(-math.prod(self.shape) * bits // 8)
 
 
@@ -85,14 +86,22 @@ class Layout:
     Args:
         matrices: in the order of the forward pass.
         tensors: in the order of the file; their offsets are set here.
+        head: bytes before the first tensor.
+        record: bytes before each tensor.
     """
 
-    def __init__(self, matrices: Iterable[Matrix], tensors: Iterable[Stored]) -> None:
+    def __init__(
+        self,
+        matrices: Iterable[Matrix],
+        tensors: Iterable[Stored],
+        head: int = 0,
+        record: int = 0,
+    ) -> None:
         self.matrices = {(matrix.layer, matrix.kind): matrix for matrix in matrices}
-        placed, end = [], 0
+        placed, end = [], head
         for tensor in tensors:
-            placed.append(replace(tensor, offset=end))
-            end = padded(end + tensor.nbytes)
+            placed.append(replace(tensor, offset=end + record))
+            end = padded(end + record + tensor.nbytes)
         self.tensors, self.nbytes = tuple(placed), end
 
     @cached_property

@@ -216,8 +216,8 @@ def judged(report: Mapping[str, Any] | None) -> str:
     return (
         f"Judged with {report['runtime']}: {accuracy}. It wants"
         f" {format_size(total)} of memory at a context of {footprint['context_length']} tokens:"
-        f" {format_size(mapped)} of it is the mapped file, which Android may drop and read again;"
-        " the rest is anonymous."
+        f" {format_size(mapped)} of it is the mapped file, which the system may drop and read"
+        " again; the rest is anonymous."
     )
 
 

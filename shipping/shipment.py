@@ -87,7 +87,7 @@ def make_job(target: Target, container: Container, source: Source, destination: 
     changed = {name for adapter in separate_adapters(source) for name in adapter.deltas}
     kinds = {weight.kind for weight in weights(source.decoder) if weight.name in changed}
     target = replace(target, context_length=context, kv_cache=cache)
-    deployment = Deployment(context, frozenset(kinds), target.hexagon)
+    deployment = Deployment(context, frozenset(kinds), target.hexagon, target.ios)
     return Job(target, container, destination, deployment)
 
 
@@ -115,7 +115,7 @@ def plan_jobs(recipe: Recipe, source: Source, plan: Plan) -> list[Job]:
         for adapter in separate_adapters(source):
             container.refuse_adapter(adapter)
         job = make_job(target, container, source, recipe.output / target.name)
-        container.refuse_deployment(job.deployment)
+        container.refuse_deployment(plan, job.deployment)
         jobs.append(job)
     names = [job.target.name for job in jobs]
     for name in names:

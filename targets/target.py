@@ -49,6 +49,7 @@ class Target:
         budgets: metric of settings.METRICS -> its limit.
         limits: key of targets.limits.LIMITS -> bytes that the platform or its store allows.
         hexagon: version of the NPU's processor, one of HEXAGONS; None: no container needs it.
+        ios: the oldest iOS that the bundle is for, one of IOS; None: no container needs it.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Target:
     budgets: Mapping[str, Limit]
     limits: Mapping[str, Limit]
     hexagon: int | None = None
+    ios: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -108,7 +110,7 @@ def load_target(name: str) -> Target:
     """
     path = _find(name, Path.cwd())
     table = _extended(path, ())
-    required = {part for part in Target.__slots__ if part not in ("name", "hexagon")}
+    required = {part for part in Target.__slots__ if part not in ("name", "hexagon", "ios")}
     if missing := sorted(required - table.keys()):
         raise UsageError(
             f"{path.name} has no {', '.join(missing)}",
@@ -194,6 +196,13 @@ def _hexagon(value: Any, place: Place) -> int:
     return int(value)
 
 
+def _ios(value: Any, place: Place) -> int:
+    if value not in IOS or isinstance(value, bool):
+        raise wrong(place, value, f"one of {', '.join(map(str, IOS))}")
+    return int(value)
+
+
+IOS = (18, 26)  # releases that brought operations of Core ML; states came with the first
 HEXAGONS = (73, 75, 79, 81)  # an unknown one would silently become v68
 ISA = ("arm64", "dotprod", "i8mm", "sve", "avx2", "avx512")
 KV_CACHES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
@@ -210,4 +219,5 @@ _KEYS: dict[str, Reader] = {
     "budgets": _budgets,
     "limits": _limits,
     "hexagon": _hexagon,
+    "ios": _ios,
 }

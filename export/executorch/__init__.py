@@ -85,7 +85,7 @@ def refuse(config: DecoderConfig, plan: Plan, tokenizer: Tokenizer) -> None:
     refuse_tokenizer(tokenizer, config.vocab_size)
 
 
-def refuse_deployment(deployment: Deployment) -> None:
+def refuse_deployment(plan: Plan, deployment: Deployment) -> None:
     """The same files serve every device."""
 
 

@@ -73,7 +73,7 @@ def refuse(config: DecoderConfig, plan: Plan, tokenizer: Tokenizer) -> None:
     vocabulary_metadata(tokenizer, config.vocab_size)
 
 
-def refuse_deployment(deployment: Deployment) -> None:
+def refuse_deployment(plan: Plan, deployment: Deployment) -> None:
     """The same files serve every device."""
 
 

@@ -95,7 +95,7 @@ def refuse(
             )
 
 
-def refuse_deployment(deployment: Deployment) -> None:
+def refuse_deployment(plan: Plan, deployment: Deployment) -> None:
     """The same files serve every device."""
 
 

@@ -100,7 +100,7 @@ def refuse(config: DecoderConfig, plan: Plan, tokenizer: Tokenizer) -> None:
     sdk.require()
 
 
-def refuse_deployment(deployment: Deployment) -> None:
+def refuse_deployment(plan: Plan, deployment: Deployment) -> None:
     """Raise Unsupported if the target names no processor that binaries are made for."""
     chip_of(deployment)
 

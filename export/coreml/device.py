@@ -1,0 +1,61 @@
+"""What an iPhone needs to run a package, and code that loads it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from string import Template
+
+from ...architectures import DecoderConfig
+from ...quantize.plan import Plan
+from ...tokenizer.tokenizer import Tokenizer
+from ..container import Minimum, normalization_notes
+from .decoder import masks
+from .layout import release_of
+
+_EXECUTED = (
+    "Try the package on the iPhones that it is for before it is shipped: Core ML did not run it"
+    " here. An interpreter that reads the very same file was judged."
+)
+_TOKENIZER = (
+    "Core ML has no tokenizer: the app reads tokenizer.json with Hugging Face's swift-transformers,"
+    " and renders the chat template by itself."
+)
+
+
+def minimum_runtime(plan: Plan) -> Minimum:
+    """The iOS that has the operations of the package."""
+    release = release_of(plan)
+    reasons = {
+        18: "states, and weights of codes with a scale for each block",
+        26: "look-up tables whose values are multiplied by a scale for each block",
+    }
+    return Minimum("iOS", str(release.version), reasons[release.version])
+
+
+def notes(config: DecoderConfig, plan: Plan, tokenizer: Tokenizer) -> list[str]:
+    """Sentences on what was not executed, and on prompts."""
+    return [_EXECUTED, _TOKENIZER, *normalization_notes(tokenizer, "swift-transformers")]
+
+
+def properties(
+    name: str, config: DecoderConfig, tokenizer: Tokenizer, context: int, digest: str
+) -> dict[str, str]:
+    """What an app can read of the model, under names of its metadata."""
+    found = {
+        "co.huggingface.exporters.name": name,
+        "slimport.context_length": str(context),
+        "slimport.stop_tokens": ",".join(map(str, tokenizer.eos_ids)),
+        "slimport.weights_digest": digest,
+    }
+    if tokenizer.bos_id is not None:
+        found["slimport.bos_token"] = str(tokenizer.bos_id)
+    if (window := masks(config, context).get(True)) is not None:
+        found["co.huggingface.exporters.sliding_window"] = str(window)
+    return found
+
+
+def readme(fields: Mapping[str, str]) -> str:
+    """The bundle's README.md; `fields` fill README.bundle.md."""
+    template = Template((Path(__file__).parent / "README.bundle.md").read_text(encoding="utf-8"))
+    return template.substitute(fields)

@@ -1,0 +1,158 @@
+"""Which tensors `weight.bin` holds, where, and of which weights each is made.
+
+Everything follows from shapes, so that the size of the package is known before any work is done.
+
+A package decompresses constants (coremltools' iOS 18 `constexpr` operations): for a matrix of N
+rows and K columns, codes (N, K) times scales (N, K / group); or indices (N, K) into the levels of a
+look-up table, which from iOS 26 on may be multiplied by such scales too. A tied table lies in the
+file once and is read by the look-up and by the head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from ...architectures import DecoderConfig, Kind
+from ...errors import Unsupported
+from ...quantize.grid import Grid
+from ...quantize.plan import Choice, Plan
+from ..container import Deployment
+from ..layout import INT4, UINT2, UINT4, Layout, Matrix, Stored
+
+HEAD = RECORD = 64  # bytes before the first tensor, and before each
+ROPE, ZEROS, LEVELS = "rope.", "zeros.", "levels."
+
+
+class Form(NamedTuple):
+    """How a grid is held.
+
+    Attributes:
+        codes: the type of its codes.
+        low: what is taken from a code before it is stored.
+        scale: the type of its scales.
+        levels: the type of its look-up table; None: codes stand for themselves.
+    """
+
+    codes: str
+    low: int
+    scale: str
+    levels: str | None = None
+
+
+FORMS = {
+    "int4-g32": Form(INT4, 0, "<f2"),
+    "int4-g32-signed": Form(INT4, 0, "<f2"),
+    "int8-row": Form("|i1", 0, "<f2"),
+    "int8-g32": Form("|i1", 0, "<f2"),
+    "int2-g64": Form(UINT2, -1, "<f2", "|i1"),
+    "int2-g256": Form(UINT2, -1, "<f2", "|i1"),
+    "nf4-g64": Form(UINT4, -8, "<f4", "<f4"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Ios:
+    """A release of iOS, and what packages for it are marked with.
+
+    Attributes:
+        version: such as 18.
+        specification: specificationVersion of the model.
+        opset: of its functions.
+    """
+
+    version: int
+    specification: int
+    opset: str
+
+
+IOS18, IOS26 = Ios(18, 9, "CoreML8"), Ios(26, 10, "CoreML9")
+
+
+def release_of(plan: Plan) -> Ios:
+    """The oldest release that decompresses every grid of a plan."""
+    newer = any(form_of(choice).levels for choice in plan.choices if choice.grid)
+    return IOS26 if newer else IOS18
+
+
+def form_of(choice: Choice) -> Form:
+    """How a quantized weight is held."""
+    assert choice.grid is not None, "asked of quantized weights"
+    return FORMS[choice.grid.name]
+
+
+def layout(config: DecoderConfig, plan: Plan, deployment: Deployment) -> Layout:
+    """Where everything lies.
+
+    Raises:
+        Unsupported: a grid that no constexpr operation holds exactly.
+    """
+    for choice in plan.choices:
+        _refuse(choice)
+    matrices = list(_matrices(plan))
+    tensors: list[Stored] = []
+    for choice in plan.choices:
+        tensors += _tensors(choice)
+    shared = {tensor.name: tensor for matrix in matrices for tensor in _shared(matrix)}
+    tensors += [shared[name] for name in sorted(shared)]
+    for index, rope in enumerate(config.ropes):
+        shape = (1, 1, deployment.context, rope.rotated(config.head_dim) // 2)
+        for half in ("cos", "sin"):
+            tensors.append(Stored(f"{ROPE}{index}.{half}", "<f4", shape, (), "values"))
+    return Layout(matrices, tensors, HEAD, RECORD)
+
+
+def _matrices(plan: Plan) -> Iterator[Matrix]:
+    named = {choice.weight.name: choice for choice in plan.choices}
+    for choice in plan.choices:
+        if choice.weight.is_matrix:
+            stem = choice.weight.name.removesuffix(".weight")
+            bias = named.get(f"{stem}.bias")
+            yield Matrix(stem, (choice,), (bias,) if bias else ())
+
+
+def _tensors(choice: Choice) -> Iterator[Stored]:
+    """What a weight needs in the file."""
+    weight, grid = choice.weight, choice.grid
+    stem = weight.name.removesuffix(".weight")
+    if grid is None:
+        dtype = "<f2" if weight.is_matrix else "<f4"
+        yield Stored(weight.name, dtype, weight.shape, (choice,), "values")
+        return
+    assert isinstance(grid, Grid), "layout refuses ggml's blocks"
+    (rows, columns), form = weight.shape, form_of(choice)
+    yield Stored(f"{stem}.codes", form.codes, (rows, columns), (choice,), "codes")
+    shape = (rows, grid.groups(columns))
+    yield Stored(f"{stem}.scale", form.scale, shape, (choice,), "scale")
+
+
+def zeros_of(matrix: Matrix) -> str:
+    """The name of the bias that adds nothing to a product: one for each size and type."""
+    kind = "<f2" if matrix.grid is None else form_of(matrix.choices[0]).scale
+    return f"{ZEROS}{matrix.shape[0]}.{kind[1:]}"
+
+
+def _shared(matrix: Matrix) -> Iterator[Stored]:
+    """What matrices of one size or grid share: biases that add nothing, and levels."""
+    name, grid = zeros_of(matrix), matrix.grid
+    yield Stored(name, f"<{name[-2:]}", (matrix.shape[0],), (), "values")
+    if grid is not None and grid.levels is not None:
+        shape = (1, 1, len(grid.levels), 1)
+        yield Stored(f"{LEVELS}{grid.name}", "<f4", shape, (), "values")
+
+
+def _refuse(choice: Choice) -> None:
+    if choice.grid is None or choice.grid.name in FORMS:
+        return
+    raise Unsupported(
+        f"{choice.weight.name}: Core ML cannot hold the grid {choice.grid.name}",
+        f"no constexpr operation means the same; it holds {', '.join(FORMS)} exactly",
+        f'give it one of these grids, such as "{choice.weight.name}" = "int4-g32", or write GGUF:'
+        " --container gguf",
+    )
+
+
+def is_product(choice: Choice, config: DecoderConfig) -> bool:
+    """Whether a matrix is multiplied by: all but an embedding that is not the head too."""
+    return choice.weight.kind is not Kind.EMBEDDING or config.tied

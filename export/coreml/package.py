@@ -1,0 +1,89 @@
+"""The folder of a package: a manifest, the model and its weights, the same bytes in every run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+from uuid import NAMESPACE_OID, uuid5
+
+from ..file import write_aligned, write_bytes
+from ..layout import ALIGNMENT
+from .layout import Ios
+from .program import BLOB_FILE, Function, program
+from .proto import messages
+
+PACKAGE = "Model.mlpackage"
+_AUTHOR = "com.apple.CoreML"
+_DATA = f"{PACKAGE}/Data/{_AUTHOR}"
+MANIFEST, MODEL = f"{PACKAGE}/Manifest.json", f"{_DATA}/model.mlmodel"
+WEIGHTS = f"{_DATA}/{BLOB_FILE}"
+
+
+def model_bytes(
+    functions: Mapping[str, Function], release: Ios, properties: Mapping[str, str]
+) -> bytes:
+    """The model file: its description and its program.
+
+    Args:
+        functions: by name; one alone is the model, of several the first is the default.
+        properties: what apps can read of the model, under names of its metadata.
+    """
+    model = messages("Model").Model(specificationVersion=release.specification)
+    description = model.description
+    if len(functions) == 1:
+        (function,) = functions.values()
+        function.describe(description)
+    else:
+        for name, function in functions.items():
+            function.describe(description.functions.add(name=name))
+        description.defaultFunctionName = next(iter(functions))
+    for key in sorted(properties):
+        description.metadata.userDefined[key] = properties[key]
+    model.mlProgram.CopyFrom(program(functions))
+    content: bytes = model.SerializeToString(deterministic=True)
+    return content
+
+
+def manifest_bytes() -> bytes:
+    """Manifest.json; coremltools gives its items random names."""
+    items = (("model.mlmodel", "Core ML Model Specification"), ("weights", "Core ML Model Weights"))
+    entries = {_identifier(name): _item(name, about) for name, about in items}
+    manifest = {
+        "fileFormatVersion": "1.0.0",
+        "itemInfoEntries": entries,
+        "rootModelIdentifier": _identifier("model.mlmodel"),
+    }
+    return (json.dumps(manifest, indent=4, sort_keys=True) + "\n").encode()
+
+
+def write(
+    folder: Path,
+    model: bytes,
+    start: bytes,
+    tensors: Iterable[tuple[str, int, Any]],
+) -> list[Path]:
+    """Write the package into `folder`, and fsync it; returns its files, the model first.
+
+    Args:
+        start, tensors: of the weight file, as write_aligned takes them.
+    """
+    (folder / WEIGHTS).parent.mkdir(parents=True)
+    write_bytes(folder / MANIFEST, manifest_bytes())
+    write_bytes(folder / MODEL, model)
+    write_aligned(folder / WEIGHTS, start, tensors, ALIGNMENT)
+    return [folder / name for name in (MODEL, MANIFEST, WEIGHTS)]
+
+
+def _item(name: str, about: str) -> dict[str, str]:
+    return {
+        "author": _AUTHOR,
+        "description": about,
+        "name": name,
+        "path": f"{_AUTHOR}/{name}",
+    }
+
+
+def _identifier(name: str) -> str:
+    return str(uuid5(NAMESPACE_OID, f"slimport/{name}")).upper()

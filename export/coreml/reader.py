@@ -1,0 +1,324 @@
+"""An independent reader: a package back to codes, scales and source names.
+
+It reads what the operations of the program say, by the names of what they make, and unpacks bits by
+itself. The same tensors are read by Apple's own library too, which came with coremltools. A hostile
+package is BadInput, never a crash or a large allocation.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ...architectures import DecoderConfig, Weight, weights
+from ...architectures.rotation import turns
+from ...errors import BadInput
+from ...quantize.blocks import Quantized
+from ...quantize.grid import GRIDS, Float32, Grid
+from ...quantize.tensor import QuantizedTensor
+from .proto import blob_library, messages
+
+PACKAGE = "Model.mlpackage"
+_FILE = "@model_path/weights/weight.bin"
+_MARK, _VERSION, _ALIGNMENT = 0xDEADBEEF, 2, 64
+_SCALED, _LOOKED_UP = "constexpr_blockwise_shift_scale", "constexpr_lut_to_dense"
+
+
+@dataclass(frozen=True, slots=True)
+class _Type:
+    """A type of tensors: its number in the weight file, its bits, and Apple's reader of it."""
+
+    number: int
+    bits: int
+    numpy: str
+    read: str
+
+
+_TYPES = {
+    "FLOAT16": _Type(1, 16, "<f2", "read_fp16_data"),
+    "FLOAT32": _Type(2, 32, "<f4", "read_float_data"),
+    "INT8": _Type(4, 8, "|i1", "read_int8_data"),
+    "INT4": _Type(8, 4, "|i1", "read_int4_data"),
+    "UINT2": _Type(10, 2, "|u1", "read_uint2_data"),
+    "UINT4": _Type(11, 4, "|u1", "read_uint4_data"),
+    "UINT6": _Type(13, 6, "|u1", "read_uint6_data"),
+}
+
+
+class File:
+    """A package whose program was read: operations by the names of what they make."""
+
+    def __init__(self, package: Path) -> None:
+        with _checked(package):
+            manifest = json.loads((package / "Manifest.json").read_text("utf-8"))
+            root = manifest["itemInfoEntries"][manifest["rootModelIdentifier"]]["path"]
+            if root != "com.apple.CoreML/model.mlmodel":
+                raise ValueError(f"its manifest names {root}")
+            folder = package / "Data" / "com.apple.CoreML"
+            model = messages("Model").Model.FromString((folder / "model.mlmodel").read_bytes())
+            self.weights = folder / "weights" / "weight.bin"
+            self._data = np.memmap(self.weights, np.uint8, "r")
+            count, version = (int(each) for each in self._data[:8].view("<u4"))
+            if version != _VERSION:
+                raise ValueError(f"its weight file has version {version}")
+            self.count = count
+            self.functions = {
+                name: function.block_specializations[function.opset]
+                for name, function in model.mlProgram.functions.items()
+            }
+            if not self.functions:
+                raise ValueError("it has no function")
+            self._made = [
+                {
+                    output.name: operation
+                    for operation in block.operations
+                    for output in operation.outputs
+                }
+                for block in self.functions.values()
+            ]
+            self._types = messages("MIL").DataType
+            self._library = blob_library()._BlobStorageReader(str(self.weights))
+
+    def unpack(self, weight: Weight, grid: str | None) -> QuantizedTensor | Float32:
+        """One weight: on its grid, or float32 where `grid` is None.
+
+        Raises:
+            BadInput: it is missing, has another shape or grid, or two functions have two of it.
+        """
+        with _checked(self.weights.parents[3]):
+            found = {self._value(made, weight, grid) for made in self._made}
+            if len(found) != 1:
+                raise ValueError(f"functions read {weight.name} from different places")
+            (place,) = found
+            return self._unpacked(place, weight, grid)
+
+    def _value(
+        self, made: Mapping[str, Any], weight: Weight, grid: str | None
+    ) -> tuple[Place, ...]:
+        """Where a weight lies: its numbers, or its codes, scales and levels."""
+        operation = made[_name(weight.name)]
+        if grid is None:
+            if operation.type != "const":
+                raise ValueError(f"{weight.name} is made by {operation.type}")
+            return (self._place(operation.attributes["val"]),)
+        if operation.type != _SCALED or "offset" in operation.inputs:
+            raise ValueError(f"{weight.name} is made by {operation.type}")
+        data, scale = (operation.inputs[key].arguments[0] for key in ("data", "scale"))
+        if data.WhichOneof("binding") == "value":
+            return self._place(data.value), self._place(scale.value)
+        looked_up = made[data.name]
+        if looked_up.type != _LOOKED_UP or "vector_axis" in looked_up.inputs:
+            raise ValueError(f"{weight.name} is looked up by {looked_up.type}")
+        indices, lut = (looked_up.inputs[key].arguments[0].value for key in ("indices", "lut"))
+        return self._place(indices), self._place(scale.value), self._place(lut)
+
+    def _place(self, value: Any) -> Place:
+        tensor = value.type.tensorType
+        kind = self._types.Name(tensor.dataType)
+        shape = tuple(dimension.constant.size for dimension in tensor.dimensions)
+        if value.WhichOneof("value") == "blobFileValue":
+            if value.blobFileValue.fileName != _FILE:
+                raise ValueError(f"a tensor lies in {value.blobFileValue.fileName}")
+            return Place(kind, shape, value.blobFileValue.offset, b"")
+        return Place(kind, shape, None, value.immediateValue.tensor.bytes.values)
+
+    def array(self, place: Place) -> npt.NDArray[Any]:
+        """The numbers of a tensor, one to an element, as Apple's library reads them too."""
+        known = _TYPES[place.kind]
+        count = math.prod(place.shape)
+        if place.offset is None:
+            return np.frombuffer(place.content, known.numpy).reshape(place.shape)
+        start, size = self._record(place.offset, known.number)
+        if size != -(-count * known.bits // 8):
+            raise ValueError(f"{place.kind} {place.shape} does not fill {size} bytes")
+        found = _numbers(self._data[start : start + size], known, count)
+        theirs = getattr(self._library, known.read)(place.offset)
+        if not np.array_equal(found, theirs.view(known.numpy)[:count]):
+            raise ValueError(f"Apple's library reads other numbers at {place.offset}")
+        return found.reshape(place.shape)
+
+    def _record(self, offset: int, number: int) -> tuple[int, int]:
+        """Where the bytes of a tensor begin, and how many they are."""
+        end = len(self._data)
+        if offset % _ALIGNMENT or not 0 < offset <= end - _ALIGNMENT:
+            raise ValueError(f"a tensor lies at {offset} of {end} bytes")
+        record = np.array(self._data[offset : offset + 32])
+        mark, kind = (int(each) for each in record[:8].view("<u4"))
+        size, start, padding = (int(each) for each in record[8:].view("<u8"))
+        if mark != _MARK or kind != number or start != offset + _ALIGNMENT:
+            raise ValueError(f"there is no tensor of type {number} at {offset}")
+        if size > end - start or padding >= 8:
+            raise ValueError(f"the tensor at {offset} has {size} bytes")
+        return start, size
+
+    def _unpacked(
+        self, places: tuple[Place, ...], weight: Weight, grid: str | None
+    ) -> QuantizedTensor | Float32:
+        first = self.array(places[0])
+        if _matrix(first.shape) != weight.shape:
+            raise ValueError(f"{weight.name} has shape {first.shape}, not {weight.shape}")
+        first = first.reshape(weight.shape)
+        if grid is None:
+            wanted = "<f2" if weight.is_matrix else "<f4"
+            if first.dtype != wanted:
+                raise ValueError(f"{weight.name} is {first.dtype}, not {wanted}")
+            return first.astype(np.float32)
+        return self._on_grid(weight, GRIDS[grid], first, places)
+
+    def _on_grid(
+        self, weight: Weight, grid: Grid, codes: npt.NDArray[Any], places: tuple[Place, ...]
+    ) -> QuantizedTensor:
+        if _TYPES[places[0].kind].bits != grid.bits:
+            raise ValueError(f"{weight.name} has codes of type {places[0].kind}")
+        if len(places) == 3:
+            levels = grid.levels or range(grid.low, grid.high + 1)
+            found = self.array(places[2])
+            if (
+                places[2].shape != (1, 1, len(levels), 1)
+                or (found.ravel() != np.array(levels, np.float32)).any()
+            ):
+                raise ValueError(f"{weight.name} has other levels than {grid.name}")
+            codes = codes.astype(np.int8) + np.int8(grid.low)
+        elif grid.levels is not None or places[0].kind not in ("INT4", "INT8"):
+            raise ValueError(f"{weight.name} has no levels")
+        scale = self.array(places[1])
+        wanted = (len(codes), grid.groups(codes.shape[1]))
+        if _matrix(scale.shape) != wanted:
+            raise ValueError(f"{weight.name} has scales {scale.shape}, not {wanted}")
+        scale = scale.reshape(wanted).astype(np.float32)
+        if codes.min() < grid.low or codes.max() > grid.high or not _valid(scale, grid):
+            raise ValueError(f"{weight.name} has a code or a scale that {grid.name} does not have")
+        return QuantizedTensor(grid, np.ascontiguousarray(codes), scale)
+
+    def require_program(self, config: DecoderConfig) -> None:
+        """Raise BadInput unless functions read all weights, in the order of a forward pass.
+
+        And unless tables of ropes hold their rotations, and biases that add nothing hold zeros.
+        """
+        wanted = [_name(weight.name) for weight in weights(config)]
+        with _checked(self.weights.parents[3]):
+            for block in self.functions.values():
+                found = _order(block, set(wanted))
+                if found != wanted:
+                    pairs = zip([*found, "nothing"], [*wanted, "nothing"], strict=False)
+                    read, due = next(pair for pair in pairs if pair[0] != pair[1])
+                    raise ValueError(f"it computes with {read} in the place of {due}")
+            for made in self._made:
+                for name, operation in made.items():
+                    if operation.type == "const" and name.partition("_")[0] in ("rope", "zeros"):
+                        self._require_table(name, operation.attributes["val"], config)
+
+    def _require_table(self, name: str, value: Any, config: DecoderConfig) -> None:
+        if value.WhichOneof("value") != "blobFileValue":
+            return
+        found = self.array(self._place(value))
+        kind, index, *_ = name.split("_")
+        wanted = np.zeros(found.shape, np.float32)
+        if kind == "rope":
+            rope, half = config.ropes[int(index)], name.endswith("sin")
+            length, width = found.shape[-2:]
+            if 2 * width != rope.rotated(config.head_dim):
+                raise ValueError(f"{name} has {width} columns")
+            wanted = turns(rope, config.head_dim, length)[half].reshape(found.shape)
+        if not np.array_equal(found, wanted):
+            raise ValueError(f"{name} has other numbers")
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a tensor lies: in the weight file, or, without an offset, in the program itself."""
+
+    kind: str
+    shape: tuple[int, ...]
+    offset: int | None
+    content: bytes
+
+
+def read_back(
+    folder: Path, config: DecoderConfig, grids: Mapping[str, str]
+) -> Iterator[tuple[str, Quantized | Float32]]:
+    """Every weight of the package in `folder`, under its source name.
+
+    Raises:
+        BadInput: a weight or a table is missing or not as it should be.
+    """
+    file = File(folder / PACKAGE)
+    file.require_program(config)
+    for weight in weights(config):
+        yield weight.name, file.unpack(weight, grids.get(weight.name))
+
+
+def _order(block: Any, names: set[str]) -> list[str]:
+    """Those of `names` that operations take, in the order in which they are taken first."""
+    found: dict[str, None] = {}
+    for operation in block.operations:
+        if operation.type == "const" or operation.type.startswith("constexpr_"):
+            continue
+        for key in sorted(operation.inputs):
+            for argument in operation.inputs[key].arguments:
+                if argument.name in names:
+                    found.setdefault(argument.name)
+    return list(found)
+
+
+def _numbers(raw: npt.NDArray[np.uint8], known: _Type, count: int) -> npt.NDArray[Any]:
+    """One number for each `known.bits`, the first in the lowest bits of the first byte."""
+    if known.bits >= 8:
+        return np.frombuffer(raw, known.numpy, count)
+    found: npt.NDArray[Any]
+    if known.bits in (2, 4):
+        each, mask = 8 // known.bits, np.uint8((1 << known.bits) - 1)
+        parts = np.empty((raw.size, each), np.uint8)
+        for place in range(each):
+            np.bitwise_and(raw >> np.uint8(place * known.bits), mask, out=parts[:, place])
+        found = parts.reshape(-1)[:count]
+    else:
+        bits = np.unpackbits(raw, count=count * known.bits, bitorder="little")
+        found = np.packbits(bits.reshape(count, known.bits), axis=1, bitorder="little").ravel()
+    if known.numpy == "|i1":
+        found = (found ^ np.uint8(8)).view(np.int8) - np.int8(8)
+    return found
+
+
+def _matrix(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """A shape without the sizes of 1 that a convolution has at its end."""
+    return shape[:2] if len(shape) == 4 and shape[2:] == (1, 1) else shape
+
+
+def _valid(scale: Float32, grid: Grid) -> bool:
+    return bool(np.isfinite(scale).all() and (grid.signed_scale or (scale > 0).all()))
+
+
+def _name(source: str) -> str:
+    return source.replace(".", "_")
+
+
+@contextmanager
+def _checked(package: Path) -> Iterator[None]:
+    """What a package that is not as it should be makes of its reader, as BadInput."""
+    try:
+        yield
+    except BadInput:
+        raise
+    except (OSError, LookupError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+        raise BadInput(
+            f"{package.name} is not a package that slimport wrote",
+            str(error) or type(error).__name__,
+            "export it again",
+        ) from error
+    except Exception as error:
+        if type(error).__module__.startswith("google.protobuf"):
+            raise BadInput(
+                f"{package.name} is not a package that slimport wrote",
+                "its model is not a message of Core ML",
+                "export it again",
+            ) from error
+        raise

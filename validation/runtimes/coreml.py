@@ -1,0 +1,169 @@
+"""A Core ML package, run by Core ML itself on a Mac, and by an interpreter elsewhere.
+
+Fills `validation.runtime.Runtime` for the container coreml. Everything happens in a child process
+(`coreml_worker`). The interpreter (`mil`) rounds to float16 what the program declares so, as a
+phone's GPU does between operations; what happens inside of one it computes in float32.
+"""
+
+from __future__ import annotations
+
+import platform
+import sys
+from collections.abc import Collection, Mapping, Sequence
+from importlib.metadata import version as distribution
+from pathlib import Path
+from typing import Any
+
+from ...checkpoint import read_json
+from ...export.coreml.package import bundle_of, properties_of
+from ...export.coreml.tokenizer import SETTINGS, TOKENIZER
+from ...tokenizer.conformance import Chat
+from .. import worker
+from ..runtime import (
+    SAME_MODEL,
+    Generation,
+    Ids,
+    Measurements,
+    Memory,
+    Vocabulary,
+    as_lists,
+    refuse_empty,
+    refuse_missing,
+)
+from ..worker import Progress
+
+EXECUTES = sys.platform == "darwin"
+PREDICTED = ("mapped", "repacked", "kv_cache", "compute")  # computed from the package
+UNKNOWN = (
+    *(() if EXECUTES else ("Core ML: structure checked, not executed; an interpreter was judged",)),
+    "iPhone: speed, what Core ML copies or decompresses when it loads, rounding inside of kernels",
+)
+SESSION: Mapping[str, Any] = {}
+_WORKER = "slimport.validation.runtimes.coreml_worker"
+
+
+def effort(file: Path) -> None:
+    """It is nearly as fast as the reference."""
+
+
+def accelerator(file: Path) -> None:
+    """Where Core ML runs an operation is only known on a device."""
+
+
+def version() -> str:
+    """Such as "slimport's interpreter of ML Programs with torch 2.8.0"."""
+    if EXECUTES:
+        return f"Core ML of macOS {platform.mac_ver()[0]} with coremltools {distribution('coremltools')}"
+    return f"slimport's interpreter of ML Programs with torch {distribution('torch')}"
+
+
+def logits(
+    file: Path,
+    windows: Ids,
+    out: Path,
+    *,
+    kv_cache: str = "f16",
+    adapter: Path | None = None,
+    progress: Progress | None = None,
+) -> None:
+    """Logits at every position of every window, each window from an empty cache.
+
+    The last tokens of the first window are given one by one, all others as parts of a prompt.
+
+    Args:
+        file: the model file of the package.
+        windows: int32 (n, length) token ids, as they are: nothing is put before them.
+        out: becomes a .npy file of float32 (n, length, vocabulary).
+
+    Raises:
+        BadInput: no windows, no such file, or windows longer than the package's context.
+        ValidationFailed: the program has operations that are not known, or computes numbers that do
+            not fit float16.
+        EnvironmentFailed: the disk is full.
+    """
+    refuse_empty(windows)
+    given = {"windows": windows.tolist(), "out": str(out), "exact": False}
+    _call("logits", file, progress, **given)
+
+
+def exact_logits(
+    file: Path, windows: Ids, out: Path, *, adapter: Path | None = None
+) -> float | None:
+    """As `logits`, and nothing is rounded to float16; on a Mac by the interpreter too."""
+    refuse_empty(windows)
+    _call("logits", file, windows=windows.tolist(), out=str(out), exact=True)
+    return SAME_MODEL
+
+
+def tokenize(file: Path, texts: Sequence[str]) -> list[list[int]]:
+    """Ids by the tokenizers library from the shipped tokenizer.json: what an app must give."""
+    from tokenizers import Tokenizer
+
+    library = Tokenizer.from_file(str(bundle_of(file) / TOKENIZER))
+    library.no_truncation()
+    library.no_padding()
+    return [list(library.encode(text, add_special_tokens=False).ids) for text in texts]
+
+
+def vocabulary(file: Path) -> Vocabulary:
+    """What the package and the files beside it say to an app."""
+    from tokenizers import Tokenizer
+
+    told, settings = properties_of(file), read_json(bundle_of(file) / SETTINGS)
+    library = Tokenizer.from_file(str(bundle_of(file) / TOKENIZER))
+    bos = told.get("slimport.bos_token")
+    return Vocabulary(
+        size=library.get_vocab_size(with_added_tokens=True),
+        eog=tuple(int(each) for each in told["slimport.stop_tokens"].split(",") if each),
+        bos=None if bos is None else int(bos),
+        adds_bos=bool(settings["add_bos_token"]),
+        chat_template=settings.get("chat_template"),
+    )
+
+
+def render(file: Path, chats: Sequence[Chat]) -> None:
+    """The app renders: Core ML does not."""
+
+
+def generate(
+    file: Path,
+    prompts: Sequence[Sequence[int]],
+    max_tokens: int,
+    *,
+    kv_cache: str = "f16",
+    adapter: Path | None = None,
+    progress: Progress | None = None,
+) -> list[Generation]:
+    """Greedy tokens after each prompt of ids, up to an end-of-generation token.
+
+    Raises:
+        BadInput: an empty prompt, or one longer than the package's context.
+        ValidationFailed: as `logits`.
+    """
+    given = {"prompts": as_lists(prompts), "max_tokens": max_tokens}
+    found = _call("generate", file, progress, **given)
+    return [Generation(tuple(tokens), stopped) for tokens, stopped in found]
+
+
+def measure(
+    file: Path,
+    context: int,
+    prompt_lengths: Sequence[int] = (),
+    *,
+    kv_cache: str = "f16",
+    adapter: Path | None = None,
+    progress: Progress | None = None,
+) -> Measurements:
+    """Memory as the program says; no speed, because an interpreter's says nothing."""
+    memory = Memory(**_call("memory", file, progress))
+    return Measurements(speed=(), memory=memory, rss_anon=None, rss_file=None)
+
+
+def memory_on(file: Path, isa: Collection[str], measured: Memory) -> Memory:
+    """It does not depend on the phone's CPU."""
+    return measured
+
+
+def _call(job: str, file: Path, progress: Progress | None = None, **arguments: Any) -> Any:
+    refuse_missing(file, "Core ML runs the model of a package")
+    return worker.call(_WORKER, job, {"file": str(file), **arguments}, progress)
