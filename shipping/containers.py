@@ -12,7 +12,7 @@ from ..export.container import Container
 from ..validation.runtime import Runtime, Scorer
 from . import sdks
 
-NAMES = ("gguf", "onnx", "onnx-fp16", "ort", "executorch", "executorch-vulkan", "qnn")
+NAMES = ("gguf", "onnx", "onnx-fp16", "ort", "executorch", "executorch-vulkan", "coreml", "qnn")
 
 
 class Pair(NamedTuple):
@@ -61,6 +61,11 @@ def load(name: str) -> Pair:
             from ..validation.runtimes import executorch_vulkan as eager
 
             return Pair(executorch_vulkan, eager)
+        if name == "coreml":
+            from ..export import coreml
+            from ..validation.runtimes import coreml as coreml_runtime
+
+            return Pair(coreml, coreml_runtime)
         if name == "qnn":
             from ..export import qnn
             from ..validation.runtimes import qnn as emulator

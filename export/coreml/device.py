@@ -45,6 +45,8 @@ def properties(
     found = {
         "co.huggingface.exporters.name": name,
         "slimport.context_length": str(context),
+        "slimport.heads": str(config.heads),
+        "slimport.vocab_size": str(config.vocab_size),
         "slimport.stop_tokens": ",".join(map(str, tokenizer.eos_ids)),
         "slimport.weights_digest": digest,
     }

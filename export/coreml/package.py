@@ -8,6 +8,9 @@ from pathlib import Path
 from typing import Any
 from uuid import NAMESPACE_OID, uuid5
 
+from google.protobuf.message import DecodeError
+
+from ...errors import BadInput
 from ..file import write_aligned, write_bytes
 from ..layout import ALIGNMENT
 from .layout import Ios
@@ -74,6 +77,31 @@ def write(
     write_bytes(folder / MODEL, model)
     write_aligned(folder / WEIGHTS, start, tensors, ALIGNMENT)
     return [folder / name for name in (MODEL, MANIFEST, WEIGHTS)]
+
+
+def package_of(model: Path) -> Path:
+    """The package of a model file."""
+    return model.parents[2]
+
+
+def bundle_of(model: Path) -> Path:
+    """The folder that the package of a model file lies in."""
+    return model.parents[3]
+
+
+def properties_of(model: Path) -> dict[str, str]:
+    """What `model_bytes` was given as properties.
+
+    Raises:
+        BadInput: it is no model file.
+    """
+    try:
+        read = messages("Model").Model.FromString(model.read_bytes())
+    except (OSError, DecodeError) as error:
+        raise BadInput(
+            f"{model.name} cannot be read", "it is not a message of Core ML", "export it again"
+        ) from error
+    return dict(read.description.metadata.userDefined)
 
 
 def _item(name: str, about: str) -> dict[str, str]:

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from google.protobuf.message import DecodeError
 
 from ...architectures import DecoderConfig, Weight, weights
 from ...architectures.rotation import turns
@@ -309,16 +310,10 @@ def _checked(package: Path) -> Iterator[None]:
     except BadInput:
         raise
     except (OSError, LookupError, ValueError, TypeError, AttributeError, RuntimeError) as error:
-        raise BadInput(
-            f"{package.name} is not a package that slimport wrote",
-            str(error) or type(error).__name__,
-            "export it again",
-        ) from error
-    except Exception as error:
-        if type(error).__module__.startswith("google.protobuf"):
-            raise BadInput(
-                f"{package.name} is not a package that slimport wrote",
-                "its model is not a message of Core ML",
-                "export it again",
-            ) from error
-        raise
+        raise _foreign(package, str(error) or type(error).__name__) from error
+    except DecodeError as error:
+        raise _foreign(package, "its model is not a message of Core ML") from error
+
+
+def _foreign(package: Path, why: str) -> BadInput:
+    return BadInput(f"{package.name} is not a package that slimport wrote", why, "export it again")

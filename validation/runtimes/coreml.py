@@ -53,7 +53,8 @@ def accelerator(file: Path) -> None:
 def version() -> str:
     """Such as "slimport's interpreter of ML Programs with torch 2.8.0"."""
     if EXECUTES:
-        return f"Core ML of macOS {platform.mac_ver()[0]} with coremltools {distribution('coremltools')}"
+        tools = f"coremltools {distribution('coremltools')}"
+        return f"Core ML of macOS {platform.mac_ver()[0]} with {tools}"
     return f"slimport's interpreter of ML Programs with torch {distribution('torch')}"
 
 

@@ -83,6 +83,7 @@ class _Model:
             self._interpreter = mil.Interpreter(package, rounding="fp32" if exact else "fp16")
             self._engine = self._interpreter
         self.context = int(told["slimport.context_length"])
+        self.vocab_size = int(told["slimport.vocab_size"])
         self.stops = {int(each) for each in told["slimport.stop_tokens"].split(",") if each}
         window = told.get("co.huggingface.exporters.sliding_window")
         self._window = self.context if window is None else int(window)
@@ -103,10 +104,10 @@ class _Model:
         rows: Float32 = found[LOGITS][0].float().numpy()
         return rows
 
-    def prompt(self, ids: Ids, start: int = 0) -> list[Float32]:
-        """Logits of the parts of a prompt that begins at `start`."""
+    def prompt(self, ids: Ids) -> list[Float32]:
+        """Logits of the parts of a prompt."""
         places = range(0, ids.size, _PART)
-        return [self.run(ids[place : place + _PART], start + place) for place in places]
+        return [self.run(ids[place : place + _PART], place) for place in places]
 
     def refuse_overflow(self) -> None:
         """Raise ValidationFailed if a number did not fit float16."""
@@ -128,23 +129,19 @@ class _Model:
 def _logits(file: str, windows: list[list[int]], out: str, exact: bool) -> None:
     ids, model = np.array(windows, np.int32), _Model(Path(file), exact)
     first = max(1, ids.shape[1] - _DECODED)
-    target: Any = None
-    for index, window in worker.counted(enumerate(ids), len(ids)):
-        model.reset()
-        split = first if index == 0 else window.size
-        rows = model.prompt(window[:split])
-        rows += [model.run(window[place : place + 1], place) for place in range(split, window.size)]
-        found = np.concatenate(rows)
-        if target is None:
-            target = writer(Path(out), (*ids.shape, found.shape[1]))
-            file_ = target.__enter__()
-        file_.write(np.ascontiguousarray(found).data)
+    with writer(Path(out), (*ids.shape, model.vocab_size)) as target:
+        for index, window in worker.counted(enumerate(ids), len(ids)):
+            model.reset()
+            split = first if index == 0 else window.size
+            single = range(split, window.size)
+            rows = model.prompt(window[:split])
+            rows += [model.run(window[place : place + 1], place) for place in single]
+            for part in rows:
+                target.write(np.ascontiguousarray(part).data)
     model.refuse_overflow()
 
 
-def _generate(
-    file: str, prompts: list[list[int]], max_tokens: int
-) -> list[tuple[list[int], bool]]:
+def _generate(file: str, prompts: list[list[int]], max_tokens: int) -> list[tuple[list[int], bool]]:
     model = _Model(Path(file))
     found = [
         _greedy(model, np.array(prompt, np.int32), max_tokens)
