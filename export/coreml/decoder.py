@@ -1,6 +1,6 @@
 """The decoder as an ML Program of flexible lengths, for the GPU and the CPU.
 
-Inputs, outputs and states have the names that Hugging Face's swift-transformers gives them. Numbers
+Inputs, output and states have the names that Hugging Face's swift-transformers gives them. Numbers
 are float16, but for norms and what they read, which are float32 inside: a square of 256 would not
 fit. Heads that share keys and values are laid side by side along the queries, so that neither is
 repeated.
@@ -8,18 +8,20 @@ repeated.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-
 import numpy as np
 
-from ...architectures import DecoderConfig, Kind, Rope
-from ...quantize.grid import GRIDS
+from ...architectures import DecoderConfig, Kind
 from ..container import Deployment
-from ..layout import Layout, Stored
-from .layout import LEVELS, ROPE, Ios, form_of, zeros_of
-from .program import CASTS, FLOAT16, FLOAT32, INT32, Flexible, Function, Shape, Value
+from ..layout import Layout
+from . import skeleton
+from .blocks import SAME, Blocks, identifier
+from .layout import ROPE, Ios, zeros_of
+from .program import FLOAT16, FLOAT32, INT32, Flexible, Function, Value
+from .skeleton import LOGITS
 
-IDS, LOGITS = "inputIds", "logits"
+__all__ = ["FULL", "IDS", "KEYS", "LOGITS", "SLIDING", "VALUES", "decoder_function", "masks"]
+
+IDS = "inputIds"
 FULL, SLIDING = "fullAttentionMask", "slidingAttentionMask"
 KEYS, VALUES = "keyCache", "valueCache"
 
@@ -50,15 +52,13 @@ def masks(config: DecoderConfig, context: int) -> dict[bool, int | None]:
     }
 
 
-class _Decoder:
+class _Decoder(Blocks):
     def __init__(
         self, config: DecoderConfig, layout: Layout, context: int, function: Function
     ) -> None:
-        self.config, self.layout, self.context = config, layout, context
-        self.function = function
+        super().__init__(function, layout, channels=-1, exact=True)
+        self.config, self.context = config, context
         self.stream = FLOAT32 if config.family.scaled_embedding else FLOAT16
-        self.norms = dict(config.family.norms)
-        self.weights: dict[str, Value] = {}
 
     def build(self) -> Function:
         function, config = self.function, self.config
@@ -67,16 +67,9 @@ class _Decoder:
         shape = (config.layers, 1, config.kv_heads, self.context, config.head_dim)
         self.caches = [function.state(name, *shape) for name in (KEYS, VALUES)]
         self.positions(next(iter(self.masks.values())))
-        turns = {rope: self.turns(index) for index, rope in enumerate(config.ropes)}
-        stream = self.embedded(ids)
-        for layer in range(config.layers):
-            x = self.normed(stream, layer, Kind.ATTENTION_NORM)
-            x = self.attention(x, layer, turns)
-            stream = self.add(stream, x, layer, Kind.ATTENTION_POST_NORM)
-            x = self.normed(stream, layer, Kind.FFN_NORM)
-            x = self.network(x, layer)
-            stream = self.add(stream, x, layer, Kind.FFN_POST_NORM)
-        function.output(self.logits(stream))
+        self.turns = {rope: self.turns_of(index) for index, rope in enumerate(config.ropes)}
+        stream = skeleton.layers(self, self.embedded(ids), range(config.layers))
+        function.output(skeleton.head(self, stream))
         return function
 
     def given_masks(self) -> dict[bool, Value]:
@@ -103,25 +96,23 @@ class _Decoder:
             name = f"{mask.name}_of_groups"
             self.repeated[sliding] = self.joined(name, [mask] * shared, 2) if shared > 1 else mask
 
-    def turns(self, index: int) -> tuple[Value, Value]:
+    def turns_of(self, index: int) -> tuple[Value, Value]:
         """Cosines of a rope, and sines of which the first half is negated: (1, 1, n, rotated)."""
-        cos, sin = (self.rows_of(self.layout.by_name[f"{ROPE}{index}.{h}"]) for h in ("cos", "sin"))
+        cos, sin = (self.rows_of(f"{ROPE}{index}.{h}") for h in ("cos", "sin"))
         name = f"rope_{index}"
         negated = self.scaled(f"{name}_negated", sin, -1.0)
         wide_cos = self.joined(f"{name}_cosines", [cos, cos], -1)
         return wide_cos, self.joined(f"{name}_sines", [negated, sin], -1)
 
-    def rows_of(self, table: Stored) -> Value:
+    def rows_of(self, table: str) -> Value:
         """The rows of a table at the positions of the ids, in float16."""
-        function, name = self.function, table.name.replace(".", "_")
-        whole = function.stored(table, name)
-        zeros, rest = [0, 0], [0]
-        begin = self.joined(f"{name}_begin", [zeros, self.start, rest], 0)
-        end = self.joined(f"{name}_end", [zeros, self.total, rest], 0)
-        rows = function.op(
+        whole, name = self.stored(table), identifier(table)
+        begin = self.joined(f"{name}_begin", [[0, 0], self.start, [0]], 0)
+        end = self.joined(f"{name}_end", [[0, 0], self.total, [0]], 0)
+        rows = self.function.op(
             "slice_by_index",
             f"{name}_rows",
-            (1, 1, None, table.shape[3]),
+            (1, 1, None, whole.shape[3]),
             FLOAT32,
             x=whole,
             begin=begin,
@@ -132,32 +123,22 @@ class _Decoder:
         return self.cast(f"{name}_half", rows, FLOAT16)
 
     def embedded(self, ids: Value) -> Value:
-        table = self.weight(None, Kind.EMBEDDING)
-        rows = self.function.op(
-            "gather",
-            "embedded",
-            (1, None, self.config.hidden_size),
-            table.dtype,
-            x=table,
-            indices=ids,
-            axis=0,
-            batch_dims=0,
-            validate_indices=False,
-        )
+        table = self.weight(self.layout.matrices[None, Kind.EMBEDDING])
+        rows = self.looked_up("embedded", table, ids)
         rows = self.cast("embedded_as_stream", rows, self.stream)
         return self.scaled("embedded_scaled", rows, self.config.embedding_multiplier)
 
-    def attention(self, x: Value, layer: int, turns: Mapping[Rope, tuple[Value, Value]]) -> Value:
+    def attention(self, x: Value, layer: int) -> Value:
         """What attention makes of the stream: (1, n, hidden_size)."""
         config, name = self.config, f"layers_{layer}_attention"
-        query, key, value = self.queries_keys_values(x, layer)
+        query, key, value = skeleton.queries_keys_values(self, x, layer)
         query = self.heads(f"{name}_query", query, layer, "q_norm", config.heads)
         key = self.heads(f"{name}_key", key, layer, "k_norm", config.kv_heads)
         value = self.heads(f"{name}_value", value, layer, None, config.kv_heads)
         rope = config.attention(layer).rope
         if rope is not None:
-            query = self.turned(f"{name}_query", query, *turns[rope])
-            key = self.turned(f"{name}_key", key, *turns[rope])
+            query = self.turned(f"{name}_query", query, *self.turns[rope])
+            key = self.turned(f"{name}_key", key, *self.turns[rope])
         query = self.scaled(f"{name}_query_scaled", query, self.query_factor())
         keys, values = (
             self.kept(f"{name}_{what}", cache, new, layer)
@@ -172,13 +153,6 @@ class _Decoder:
         mixed = self.reshaped(f"{name}_joined", mixed, 1, -1, config.heads * size)
         return self.linear(mixed, layer, Kind.ATTENTION_OUTPUT)
 
-    def queries_keys_values(self, x: Value, layer: int) -> list[Value]:
-        config = self.config
-        if not config.family.fused:
-            return [self.linear(x, layer, kind) for kind in (Kind.Q, Kind.K, Kind.V)]
-        sizes = [count * config.head_dim for count in (config.heads, *(config.kv_heads,) * 2)]
-        return self.parts(self.linear(x, layer, Kind.QKV), sizes)
-
     def mixed(self, name: str, query: Value, keys: Value, values: Value, mask: Value) -> Value:
         """Values weighted by the softmax of masked scores: (1, kv_heads, heads x n, head_dim)."""
         function, cap = self.function, self.config.attention_softcap
@@ -186,24 +160,18 @@ class _Decoder:
             given = {"query": query, "key": keys, "value": values, "attn_mask": mask}
             return function.op("scaled_dot_product_attention", name, query.shape, **given)
         shape = (*query.shape[:-1], None)
-        scores = self.product(f"{name}_scores", query, keys, shape, across=True)
+        scores = self.multiplied(f"{name}_scores", query, keys, shape, across=True)
         scores = self.capped(f"{name}_scores", scores, cap)
         scores = function.op("add", f"{name}_masked", shape, x=scores, y=mask)
         shares = function.op("softmax", f"{name}_shares", shape, x=scores, axis=-1)
-        return self.product(name, shares, values, query.shape)
-
-    def product(self, name: str, x: Value, y: Value, shape: Shape, across: bool = False) -> Value:
-        """x @ y; `across`: x @ y.T."""
-        return self.function.op(
-            "matmul", name, shape, x=x, y=y, transpose_x=False, transpose_y=across
-        )
+        return self.multiplied(name, shares, values, query.shape)
 
     def query_factor(self) -> float:
         """What queries are multiplied by: attention itself divides scores by sqrt(head_dim)."""
         factor = self.config.attention_scale
         if self.config.attention_softcap is None:
             factor *= self.config.head_dim**0.5
-        return 1.0 if abs(factor - 1) < _SAME else factor
+        return 1.0 if abs(factor - 1) < SAME else factor
 
     def heads(self, name: str, x: Value, layer: int, norm: str | None, count: int) -> Value:
         """(1, count, n, head_dim), normalized."""
@@ -278,49 +246,9 @@ class _Decoder:
             end_mask=[True, True, False, True],
         )
 
-    def network(self, x: Value, layer: int) -> Value:
-        """What the feed-forward network makes of the stream."""
-        config, name = self.config, f"layers_{layer}_network"
-        if config.family.fused:
-            gate, up = self.parts(
-                self.linear(x, layer, Kind.GATE_UP), [config.intermediate_size] * 2
-            )
-        else:
-            gate, up = (self.linear(x, layer, kind) for kind in (Kind.GATE, Kind.UP))
-        if config.family.activation == "silu":
-            gate = self.function.op("silu", f"{name}_gate", gate.shape, x=gate)
-        else:
-            mode = "TANH_APPROXIMATION"
-            gate = self.function.op("gelu", f"{name}_gate", gate.shape, x=gate, mode=mode)
-        return self.linear(self.two("mul", f"{name}_inner", gate, up), layer, Kind.DOWN)
-
-    def add(self, stream: Value, x: Value, layer: int, norm: Kind) -> Value:
-        name = f"layers_{layer}_{norm.value}"
-        x = self.normed(x, layer, norm, self.stream)
-        x = self.cast(f"{name}_as_stream", x, self.stream)
-        x = self.scaled(f"{name}_scaled", x, self.config.residual_multiplier)
-        return self.two("add", f"{name}_added", stream, x)
-
-    def logits(self, x: Value) -> Value:
-        config = self.config
-        x = self.norm(x, "model.norm")
-        last = config.logits_divisor == 1 and config.logits_softcap is None
-        kind = Kind.EMBEDDING if config.tied else Kind.HEAD
-        x = self.linear(x, None, kind, LOGITS if last else "head")
-        if config.logits_softcap is None:
-            return self.scaled(LOGITS, x, 1 / config.logits_divisor)
-        x = self.scaled("head_scaled", x, 1 / config.logits_divisor)
-        return self.capped("head", x, config.logits_softcap, LOGITS)
-
-    def normed(self, x: Value, layer: int, kind: Kind, dtype: str = FLOAT16) -> Value:
-        """The norm of a layer, or nothing where its family has none there."""
-        if kind not in self.norms:
-            return self.cast(f"layers_{layer}_{kind.value}_none", x, dtype)
-        return self.norm(x, f"model.layers.{layer}.{self.norms[kind]}", dtype)
-
     def norm(self, x: Value, module: str, dtype: str = FLOAT16) -> Value:
         """x / sqrt(mean(x ** 2) + epsilon) * (weight + offset), computed in float32."""
-        function, name = self.function, _name(module)
+        function, name = self.function, identifier(module)
         x = self.cast(f"{name}_wide", x, FLOAT32)
         square = self.two("mul", f"{name}_square", x, x)
         one = (*x.shape[:-1], 1)
@@ -340,8 +268,8 @@ class _Decoder:
     def linear(self, x: Value, layer: int | None, kind: Kind, name: str = "") -> Value:
         """The product with a weight, and its bias; in float16."""
         matrix = self.layout.matrices[layer, kind]
-        weight, function = self.weight(layer, kind), self.function
-        name, rows = name or _name(matrix.name), matrix.shape[0]
+        weight, function = self.weight(matrix), self.function
+        name, rows = name or identifier(matrix.name), matrix.shape[0]
         nothing = self.stored(zeros_of(matrix))
         given = {"x": self.cast(f"{name}_input", x, weight.dtype), "weight": weight}
         exact = weight.dtype == x.dtype
@@ -353,124 +281,3 @@ class _Decoder:
             return x
         bias = self.stored(matrix.bias[0].weight.name)
         return self.two("add", name, x, self.cast(f"{bias.name}_half", bias, FLOAT16))
-
-    def weight(self, layer: int | None, kind: Kind) -> Value:
-        """A matrix that the device decompresses; a tied one is made once."""
-        matrix = self.layout.matrices[layer, kind]
-        if matrix.name not in self.weights:
-            self.weights[matrix.name] = self.decompressed(layer, kind)
-        return self.weights[matrix.name]
-
-    def decompressed(self, layer: int | None, kind: Kind) -> Value:
-        matrix, held = self.layout.matrices[layer, kind], self.layout.by_name
-        (choice,), function = matrix.choices, self.function
-        name = _name(choice.weight.name)
-        if choice.grid is None:
-            return function.stored(held[choice.weight.name], name)
-        form, codes = form_of(choice), held[f"{matrix.name}.codes"]
-        scale = held[f"{matrix.name}.scale"]
-        dtype = FLOAT16 if form.scale == "<f2" else FLOAT32
-        data: Stored | Value = codes
-        if form.levels is not None:
-            data = function.decompressed(
-                "constexpr_lut_to_dense",
-                f"{name}_levels",
-                codes.shape,
-                "INT8" if form.levels == "|i1" else FLOAT32,
-                indices=codes,
-                lut=self.levels(choice.grid.name),
-            )
-        given = {"data": data, "scale": scale}
-        kind_of = "constexpr_blockwise_shift_scale"
-        return function.decompressed(kind_of, name, codes.shape, dtype, **given)
-
-    def levels(self, grid: str) -> Stored | np.ndarray:
-        if f"{LEVELS}{grid}" in self.layout.by_name:
-            return self.layout.by_name[f"{LEVELS}{grid}"]
-        low, high = GRIDS[grid].low, GRIDS[grid].high
-        return np.arange(low, high + 1, dtype=np.int8).reshape(1, 1, -1, 1)
-
-    def stored(self, name: str) -> Value:
-        """A tensor of the weight file, made once."""
-        if name not in self.weights:
-            self.weights[name] = self.function.stored(self.layout.by_name[name], _name(name))
-        return self.weights[name]
-
-    def capped(self, name: str, x: Value, cap: float, made: str = "") -> Value:
-        x = self.scaled(f"{name}_narrowed", x, 1 / cap)
-        x = self.function.op("tanh", f"{name}_bent", x.shape, x=x)
-        return self.scaled(made or f"{name}_capped", x, cap)
-
-    def parts(self, x: Value, sizes: list[int]) -> list[Value]:
-        """Consecutive parts of the last dimension."""
-        ends = np.cumsum(sizes)
-        return [
-            self.part(f"{x.name}_{end}", x, int(end) - size, int(end))
-            for size, end in zip(sizes, ends, strict=True)
-        ]
-
-    def part(self, name: str, x: Value, start: int, stop: int) -> Value:
-        """[start:stop) of the last dimension."""
-        rest = len(x.shape) - 1
-        return self.function.op(
-            "slice_by_index",
-            name,
-            (*x.shape[:-1], stop - start),
-            x.dtype,
-            x=x,
-            begin=[0] * rest + [start],
-            end=[0] * rest + [stop],
-            end_mask=[True] * rest + [False],
-        )
-
-    def joined(self, name: str, values: Sequence[Value | list[int]], axis: int) -> Value:
-        """Values one after the other; lists of ints among them are constants."""
-        held = [
-            each if isinstance(each, Value) else self.function.constant(each, f"{name}_{place}")
-            for place, each in enumerate(values)
-        ]
-        shape = list(held[0].shape)
-        sizes = [each.shape[axis] for each in held]
-        known = [size for size in sizes if size is not None]
-        shape[axis] = sum(known) if len(known) == len(sizes) else None
-        return self.function.op(
-            "concat", name, tuple(shape), held[0].dtype, values=held, axis=axis, interleave=False
-        )
-
-    def two(self, kind: str, name: str, x: Value, y: Value) -> Value:
-        """An operation on two tensors of one type, the second as small as it broadcasts from."""
-        return self.function.op(kind, name, x.shape, x.dtype, x=x, y=y)
-
-    def scaled(self, name: str, x: Value, factor: float) -> Value:
-        """x * factor: nothing for 1, and in float32 if float16 has neither it nor its inverse."""
-        if factor == 1:
-            return x
-        for kind, wanted in (("mul", factor), ("real_div", 1 / factor)):
-            half = np.float16(wanted)
-            if x.dtype == FLOAT16 and abs(float(half) - wanted) <= _SAME * abs(wanted):
-                return self.function.op(kind, name, x.shape, FLOAT16, x=x, y=half)
-        wide = self.cast(f"{name}_wide", x, FLOAT32)
-        made = name if wide is x else f"{name}_scaled"
-        wide = self.function.op("mul", made, x.shape, FLOAT32, x=wide, y=np.float32(factor))
-        return self.cast(name, wide, x.dtype)
-
-    def cast(self, name: str, x: Value, dtype: str) -> Value:
-        if x.dtype == dtype:
-            return x
-        return self.function.op("cast", name, x.shape, dtype, x=x, dtype=CASTS[dtype])
-
-    def reshaped(self, name: str, x: Value, *shape: int) -> Value:
-        sizes: Shape = tuple(None if size < 0 else size for size in shape)
-        return self.function.op("reshape", name, sizes, x.dtype, x=x, shape=list(shape))
-
-    def transposed(self, name: str, x: Value, *order: int) -> Value:
-        shape = tuple(x.shape[place] for place in order)
-        return self.function.op("transpose", name, shape, x.dtype, x=x, perm=list(order))
-
-
-_SAME = 1e-9
-
-
-def _name(source: str) -> str:
-    """A source name as MIL writes identifiers."""
-    return source.replace(".", "_")

@@ -51,11 +51,11 @@ def accelerator(file: Path) -> None:
 
 
 def version() -> str:
-    """Such as "slimport's interpreter of ML Programs with torch 2.8.0"."""
+    """Such as "slimport's MIL interpreter with torch 2.8.0"."""
     if EXECUTES:
         tools = f"coremltools {distribution('coremltools')}"
         return f"Core ML of macOS {platform.mac_ver()[0]} with {tools}"
-    return f"slimport's interpreter of ML Programs with torch {distribution('torch')}"
+    return f"slimport's MIL interpreter with torch {distribution('torch')}"
 
 
 def logits(
