@@ -1,17 +1,21 @@
-"""Tiny random models, quantized and written as GGUF files."""
+"""Tiny random models, quantized and written as GGUF files; packages of Core ML by hand."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+import struct
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from slimport.architectures import decoder_config
 from slimport.checkpoint import Checkpoint
 from slimport.export import gguf
+from slimport.export.coreml.proto import messages
 from slimport.export.gguf import layout
 from slimport.quantize.ggml import Type
 from slimport.quantize.plan import make_plan
@@ -81,3 +85,102 @@ def exported(make_model: Any, tmp_path_factory: Any) -> Callable[..., Exported]:
         return made[key]
 
     return export
+
+
+class MilWriter:
+    """A Core ML package, written operation by operation; nothing is inferred or checked."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder / "model.mlpackage"
+        self.model = messages("Model").Model(specificationVersion=9)
+        self.blobs = bytearray(64)
+        self.count = 0
+        self.function("main")
+
+    def function(self, name: str) -> None:
+        self.head = self.model.mlProgram.functions[name]
+        self.head.opset = "CoreML8"
+        self.block = self.head.block_specializations["CoreML8"]
+
+    def input(self, name: str, kind: str, *shape: int | None) -> str:
+        self._type(self.head.inputs.add(name=name).type.tensorType, kind, shape)
+        return name
+
+    def state(self, name: str, kind: str, *shape: int) -> str:
+        wrapped = self.head.inputs.add(name=name).type.stateType.wrappedType
+        self._type(wrapped.tensorType, kind, shape)
+        return name
+
+    def op(self, operation: str, made: str, kind: str, *shape: int | None, **arguments: Any) -> str:
+        """Arguments are names, lists of names, or immediate arrays; `made` may be empty."""
+        message = self.block.operations.add(type=operation)
+        for key, given in arguments.items():
+            bindings = message.inputs[key].arguments
+            for each in given if isinstance(given, list) else [given]:
+                if isinstance(each, str):
+                    bindings.add(name=each)
+                else:
+                    self.immediate(bindings.add().value, np.asarray(each))
+        if made:
+            self._type(message.outputs.add(name=made).type.tensorType, kind, shape)
+        return made
+
+    def blob(self, name: str, kind: str, packed: bytes, *shape: int, unused: int = 0) -> str:
+        """A constant that lies in the weight file."""
+        codes = {"FLOAT16": 1, "FLOAT32": 2, "UINT8": 3, "INT8": 4, "INT4": 8, "UINT1": 9}
+        codes |= {"UINT2": 10, "UINT4": 11, "UINT3": 12, "UINT6": 13, "INT32": 14}
+        self.blobs += bytes(-len(self.blobs) % 64)
+        message = self.block.operations.add(type="const")
+        self._type(message.outputs.add(name=name).type.tensorType, kind, shape)
+        value = message.attributes["val"]
+        self._type(value.type.tensorType, kind, shape)
+        value.blobFileValue.fileName = "@model_path/weights/weight.bin"
+        value.blobFileValue.offset = start = len(self.blobs)
+        record = struct.pack("<IIQQQ", 0xDEADBEEF, codes[kind], len(packed), start + 64, unused)
+        self.blobs += record.ljust(64, b"\0") + packed
+        self.count += 1
+        return name
+
+    def immediate(self, value: Any, array: np.ndarray[Any, Any], kind: str | None = None) -> None:
+        kinds = {"f": "FLOAT", "i": "INT", "u": "UINT", "b": "BOOL", "U": "STRING"}
+        letter = array.dtype.kind
+        bits = str(8 * array.itemsize) if letter in "fiu" else ""
+        kind = kind or kinds[letter] + ("32" if bits == "64" else bits)
+        self._type(value.type.tensorType, kind, array.shape)
+        tensor, numbers = value.immediateValue.tensor, array.reshape(-1).tolist()
+        if kind in ("FLOAT16", "INT8", "UINT8", "INT4", "UINT4"):
+            tensor.bytes.values = array.tobytes()
+        else:
+            field = {"f": "floats", "i": "ints", "u": "ints", "b": "bools", "U": "strings"}[letter]
+            held = getattr(tensor, field)
+            held.SetInParent()
+            held.values.extend(numbers)
+
+    def returns(self, *names: str) -> None:
+        self.block.outputs.extend(names)
+
+    def save(self) -> Path:
+        data = self.folder / "Data" / "com.apple.CoreML"
+        (data / "weights").mkdir(parents=True, exist_ok=True)
+        entry = {"author": "com.apple.CoreML", "path": "com.apple.CoreML/model.mlmodel"}
+        manifest = {"itemInfoEntries": {"1": entry}, "rootModelIdentifier": "1"}
+        (self.folder / "Manifest.json").write_text(json.dumps(manifest))
+        (data / "model.mlmodel").write_bytes(self.model.SerializeToString(deterministic=True))
+        self.blobs[:8] = struct.pack("<II", self.count, 2)
+        (data / "weights" / "weight.bin").write_bytes(bytes(self.blobs))
+        return self.folder
+
+    def _type(self, tensor: Any, kind: str, shape: Sequence[int | None]) -> None:
+        tensor.dataType = messages("MIL").DataType.Value(kind)
+        tensor.rank = len(shape)
+        for size in shape:
+            dimension = tensor.dimensions.add()
+            if size is None:
+                dimension.unknown.variadic = False
+            else:
+                dimension.constant.size = size
+
+
+@pytest.fixture
+def mil(tmp_path: Path) -> MilWriter:
+    return MilWriter(tmp_path)
