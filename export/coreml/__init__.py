@@ -57,7 +57,7 @@ __all__ = [
 ]
 
 NAME = "coreml"
-FILE = package.MODEL
+FILE = package.paths().model
 LIBRARIES = ("coremltools", "protobuf")
 CALIBRATED, PROOF, ESTIMATED = False, tuple[str, ...](), tuple[str, ...]()
 _ANY_DIGEST = "sha256:" + "0" * 64
@@ -97,13 +97,9 @@ def predict(
     """{file name: bytes}, to the byte; `name` is the model's."""
     placed = layout.layout(config, plan, deployment)
     model = _model(config, plan, tokenizer, name, deployment, _ANY_DIGEST)
-    sizes = {
-        FILE: len(model),
-        package.MANIFEST: len(package.manifest_bytes()),
-        package.WEIGHTS: placed.nbytes,
-    }
     beside = tokenizer_files.files(tokenizer, config.family.model_type)
-    return sizes | {file: len(content) for file, content in beside.items()}
+    sizes = {file: len(content) for file, content in beside.items()}
+    return package.sizes(model, placed.nbytes) | sizes
 
 
 def tensor_bytes(config: DecoderConfig, plan: Plan) -> dict[str, int]:

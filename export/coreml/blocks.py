@@ -163,6 +163,35 @@ class Blocks:
         wide = self.function.op("mul", made, x.shape, FLOAT32, x=wide, y=np.float32(factor))
         return self.cast(name, wide, x.dtype)
 
+    def wide_turns(self, name: str, cos: Value, sin: Value) -> tuple[Value, Value]:
+        """Tables for whole heads of tables for halves; `turned` takes the first sines negated."""
+        negated = self.scaled(f"{name}_negated", sin, -1.0)
+        wide = self.joined(f"{name}_cosines", [cos, cos], -1)
+        return wide, self.joined(f"{name}_sines", [negated, sin], -1)
+
+    def turned(self, name: str, x: Value, cos: Value, sin: Value) -> Value:
+        """Heads with their first numbers rotated in halves, as many as the tables are wide."""
+        width, size = cos.shape[-1], x.shape[-1]
+        assert width is not None and size is not None, "tables and heads have fixed widths"
+        first, second = (
+            self.part(f"{name}_{which}_half", x, start, start + width // 2)
+            for which, start in (("first", 0), ("second", width // 2))
+        )
+        swapped = self.joined(f"{name}_swapped", [second, first], -1)
+        kept = self.part(f"{name}_turning", x, 0, width) if width < size else x
+        turned = self.two(
+            "add",
+            f"{name}_turned",
+            *(
+                self.two("mul", f"{name}_{by}", each, table)
+                for by, each, table in (("cosines", kept, cos), ("sines", swapped, sin))
+            ),
+        )
+        if width == size:
+            return turned
+        rest = self.part(f"{name}_rest", x, width, size)
+        return self.joined(f"{name}_whole", [turned, rest], -1)
+
     def cast(self, name: str, x: Value, dtype: str) -> Value:
         """x as another type."""
         if x.dtype == dtype:

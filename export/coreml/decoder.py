@@ -99,10 +99,7 @@ class _Decoder(Blocks):
     def turns_of(self, index: int) -> tuple[Value, Value]:
         """Cosines of a rope, and sines of which the first half is negated: (1, 1, n, rotated)."""
         cos, sin = (self.rows_of(f"{ROPE}{index}.{h}") for h in ("cos", "sin"))
-        name = f"rope_{index}"
-        negated = self.scaled(f"{name}_negated", sin, -1.0)
-        wide_cos = self.joined(f"{name}_cosines", [cos, cos], -1)
-        return wide_cos, self.joined(f"{name}_sines", [negated, sin], -1)
+        return self.wide_turns(f"rope_{index}", cos, sin)
 
     def rows_of(self, table: str) -> Value:
         """The rows of a table at the positions of the ids, in float16."""
@@ -182,29 +179,6 @@ class _Decoder(Blocks):
         x = self.reshaped(f"{name}_split", x, 1, -1, count, self.config.head_dim)
         x = self.norm(x, module) if normalized == "head" else x
         return self.transposed(f"{name}_heads", x, 0, 2, 1, 3)
-
-    def turned(self, name: str, x: Value, cos: Value, sin: Value) -> Value:
-        """Heads with their first numbers rotated in halves, as many as the tables are wide."""
-        width, size = cos.shape[-1], x.shape[-1]
-        assert width is not None and size is not None, "tables and heads have fixed widths"
-        first, second = (
-            self.part(f"{name}_{which}_half", x, start, start + width // 2)
-            for which, start in (("first", 0), ("second", width // 2))
-        )
-        swapped = self.joined(f"{name}_swapped", [second, first], -1)
-        kept = self.part(f"{name}_turning", x, 0, width) if width < size else x
-        turned = self.two(
-            "add",
-            f"{name}_turned",
-            *(
-                self.two("mul", f"{name}_{by}", each, table)
-                for by, each, table in (("cosines", kept, cos), ("sines", swapped, sin))
-            ),
-        )
-        if width == size:
-            return turned
-        rest = self.part(f"{name}_rest", x, width, size)
-        return self.joined(f"{name}_whole", [turned, rest], -1)
 
     def kept(self, name: str, cache: Value, new: Value, layer: int) -> Value:
         """What a cache holds of all tokens so far, the new ones too."""

@@ -10,17 +10,18 @@ file once and is read by the look-up and by the head.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
-from ...architectures import DecoderConfig, Kind
+from ...architectures import DecoderConfig
 from ...errors import Unsupported
 from ...quantize.grid import Grid
 from ...quantize.plan import Choice, Plan
 from ..container import Deployment
 from ..layout import INT4, UINT2, UINT4, Layout, Matrix, Stored
 
+Float = Literal["<f2", "<f4"]
 HEAD = RECORD = 64  # bytes before the first tensor, and before each
 ROPE, ZEROS, LEVELS = "rope.", "zeros.", "levels."
 
@@ -89,21 +90,24 @@ def layout(config: DecoderConfig, plan: Plan, deployment: Deployment) -> Layout:
         Unsupported: a grid that no constexpr operation holds exactly.
     """
     for choice in plan.choices:
-        _refuse(choice)
-    matrices = list(_matrices(plan))
-    tensors: list[Stored] = []
-    for choice in plan.choices:
-        tensors += _tensors(choice)
+        refuse_grid(choice, tuple(FORMS), "Core ML cannot hold", "--container gguf")
+    matrices = list(matrices_of(plan))
+    tensors = [tensor for choice in plan.choices for tensor in tensors_of(choice, "<f4")]
     shared = {tensor.name: tensor for matrix in matrices for tensor in _shared(matrix)}
     tensors += [shared[name] for name in sorted(shared)]
-    for index, rope in enumerate(config.ropes):
-        shape = (1, 1, deployment.context, rope.rotated(config.head_dim) // 2)
-        for half in ("cos", "sin"):
-            tensors.append(Stored(f"{ROPE}{index}.{half}", "<f4", shape, (), "values"))
+    tensors += ropes_of(config, deployment.context, "<f4")
     return Layout(matrices, tensors, HEAD, RECORD)
 
 
-def _matrices(plan: Plan) -> Iterator[Matrix]:
+def ropes_of(config: DecoderConfig, length: int, dtype: Float) -> Iterator[Stored]:
+    """Cosines and sines of the positions below `length`."""
+    for index, rope in enumerate(config.ropes):
+        shape = (1, 1, length, rope.rotated(config.head_dim) // 2)
+        for half in ("cos", "sin"):
+            yield Stored(f"{ROPE}{index}.{half}", dtype, shape, (), "values")
+
+
+def matrices_of(plan: Plan) -> Iterator[Matrix]:
     named = {choice.weight.name: choice for choice in plan.choices}
     for choice in plan.choices:
         if choice.weight.is_matrix:
@@ -112,12 +116,12 @@ def _matrices(plan: Plan) -> Iterator[Matrix]:
             yield Matrix(stem, (choice,), (bias,) if bias else ())
 
 
-def _tensors(choice: Choice) -> Iterator[Stored]:
-    """What a weight needs in the file."""
+def tensors_of(choice: Choice, vectors: Float) -> Iterator[Stored]:
+    """What a weight needs in the file; norms and biases are of the type `vectors`."""
     weight, grid = choice.weight, choice.grid
     stem = weight.name.removesuffix(".weight")
     if grid is None:
-        dtype = "<f2" if weight.is_matrix else "<f4"
+        dtype = "<f2" if weight.is_matrix else vectors
         yield Stored(weight.name, dtype, weight.shape, (choice,), "values")
         return
     assert isinstance(grid, Grid), "layout refuses ggml's blocks"
@@ -142,17 +146,18 @@ def _shared(matrix: Matrix) -> Iterator[Stored]:
         yield Stored(f"{LEVELS}{grid.name}", "<f4", shape, (), "values")
 
 
-def _refuse(choice: Choice) -> None:
-    if choice.grid is None or choice.grid.name in FORMS:
+def refuse_grid(choice: Choice, held: Sequence[str], what: str, instead: str) -> None:
+    """Raise Unsupported for a weight on a grid that is not held.
+
+    Args:
+        what: such as "Core ML cannot hold".
+        instead: options that do.
+    """
+    if choice.grid is None or choice.grid.name in held:
         return
     raise Unsupported(
-        f"{choice.weight.name}: Core ML cannot hold the grid {choice.grid.name}",
-        f"no constexpr operation means the same; it holds {', '.join(FORMS)} exactly",
-        f'give it one of these grids, such as "{choice.weight.name}" = "int4-g32", or write GGUF:'
-        " --container gguf",
+        f"{choice.weight.name}: {what} the grid {choice.grid.name}",
+        f"no constexpr operation means the same there; exact are {', '.join(held)}",
+        f'give it one of these, such as "{choice.weight.name}" = "{held[0]}", or write another'
+        f" container: {instead}",
     )
-
-
-def is_product(choice: Choice, config: DecoderConfig) -> bool:
-    """Whether a matrix is multiplied by: all but an embedding that is not the head too."""
-    return choice.weight.kind is not Kind.EMBEDDING or config.tied

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from uuid import NAMESPACE_OID, uuid5
 
 from google.protobuf.message import DecodeError
@@ -19,9 +19,20 @@ from .proto import messages
 
 PACKAGE = "Model.mlpackage"
 _AUTHOR = "com.apple.CoreML"
-_DATA = f"{PACKAGE}/Data/{_AUTHOR}"
-MANIFEST, MODEL = f"{PACKAGE}/Manifest.json", f"{_DATA}/model.mlmodel"
-WEIGHTS = f"{_DATA}/{BLOB_FILE}"
+
+
+class Paths(NamedTuple):
+    """The files of a package, within the folder that it lies in."""
+
+    model: str
+    manifest: str
+    weights: str
+
+
+def paths(package: str = PACKAGE) -> Paths:
+    """Of a package of this name."""
+    data = f"{package}/Data/{_AUTHOR}"
+    return Paths(f"{data}/model.mlmodel", f"{package}/Manifest.json", f"{data}/{BLOB_FILE}")
 
 
 def model_bytes(
@@ -66,17 +77,29 @@ def write(
     model: bytes,
     start: bytes,
     tensors: Iterable[tuple[str, int, Any]],
+    package: str = PACKAGE,
 ) -> list[Path]:
-    """Write the package into `folder`, and fsync it; returns its files, the model first.
+    """Write a package into `folder`, and fsync it; returns its files, the model first.
 
     Args:
         start, tensors: of the weight file, as write_aligned takes them.
     """
-    (folder / WEIGHTS).parent.mkdir(parents=True)
-    write_bytes(folder / MANIFEST, manifest_bytes())
-    write_bytes(folder / MODEL, model)
-    write_aligned(folder / WEIGHTS, start, tensors, ALIGNMENT)
-    return [folder / name for name in (MODEL, MANIFEST, WEIGHTS)]
+    place = paths(package)
+    (folder / place.weights).parent.mkdir(parents=True)
+    write_bytes(folder / place.manifest, manifest_bytes())
+    write_bytes(folder / place.model, model)
+    write_aligned(folder / place.weights, start, tensors, ALIGNMENT)
+    return [folder / name for name in place]
+
+
+def sizes(model: bytes, weights: int, package: str = PACKAGE) -> dict[str, int]:
+    """{file: bytes} of what `write` writes, `weights` bytes of tensors among them."""
+    place = paths(package)
+    return {
+        place.model: len(model),
+        place.manifest: len(manifest_bytes()),
+        place.weights: weights,
+    }
 
 
 def package_of(model: Path) -> Path:

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from ...architectures import DecoderConfig
 from ...architectures.rotation import turns
 from ...quantize.floats import exact_half, half
-from ...quantize.grid import GRIDS, Float32, Int8
+from ...quantize.grid import GRIDS, Int8
 from ...quantize.packing import join_pairs_of_bits, pack
 from ...quantize.store import QuantizedCheckpoint
 from ...quantize.tensor import QuantizedTensor
@@ -85,11 +85,11 @@ def _constant(tensor: Stored) -> npt.NDArray[Any]:
     return np.zeros(tensor.shape, tensor.dtype)
 
 
-def _turned(tensor: Stored, config: DecoderConfig) -> Float32:
-    """A table of the rope: float32 (context, rotated / 2)."""
+def _turned(tensor: Stored, config: DecoderConfig) -> npt.NDArray[Any]:
+    """A table of the rope: (context, rotated / 2)."""
     _, index, which = tensor.name.split(".")
-    cos, sin = turns(config.ropes[int(index)], config.head_dim, tensor.shape[-2])
-    return cos if which == "cos" else sin
+    pair = turns(config.ropes[int(index)], config.head_dim, tensor.shape[-2])
+    return np.ascontiguousarray(pair[which == "sin"], tensor.dtype)
 
 
 def _codes(codes: Int8, dtype: str) -> UInt8:

@@ -22,6 +22,7 @@ TYPES = {
     "<f2": FLOAT16,
     "<f4": FLOAT32,
     "|i1": "INT8",
+    "<i4": INT32,
     INT4: "INT4",
     UINT2: "UINT2",
     UINT4: "UINT4",
