@@ -1,6 +1,7 @@
 """Codes to bytes and back: low bits first along the input dimension, two's complement.
 
-At 2 bits a code is stored modulo 4, and read as one of -1, 0, 1, 2.
+At 2 bits a code is stored modulo 4, and read as one of -1, 0, 1, 2. Codes of a palettized grid have
+no sign.
 """
 
 from __future__ import annotations
@@ -52,6 +53,23 @@ def unpack(packed: UInt8, bits: int, columns: int) -> Int8:
     return np.ascontiguousarray(pairs.view(np.int8)[:, :columns])
 
 
+def pack_unsigned(codes: Int8, bits: int) -> UInt8:
+    """Pack codes (rows, columns) of 0 to 2 ** bits - 1, up to 7 bits, into uint8 (rows, row_bytes).
+
+    At 6 bits a row 1, 2, 3 becomes the bytes 0x81, 0x30, 0x00: 1 + 2 * 2^6 + 3 * 2^12.
+    """
+    packed = np.zeros((len(codes), row_bytes(codes.shape[1], bits)), np.uint8)
+    _pack_bits(codes, bits, packed)
+    return packed
+
+
+def unpack_unsigned(packed: UInt8, bits: int, columns: int) -> Int8:
+    """The inverse of `pack_unsigned`: int8 codes (rows, columns)."""
+    codes = np.empty((len(packed), columns), np.int8)
+    _unpack_bits(packed, bits, codes)
+    return codes
+
+
 def join_pairs_of_bits(parts: UInt8) -> UInt8:
     """Four 2-bit numbers, uint8 (..., 4), to a byte (...), the first one lowest."""
     joined: UInt8 = np.bitwise_or.reduce(parts << np.array([0, 2, 4, 6], np.uint8), axis=-1)
@@ -69,3 +87,34 @@ def _unpack_pairs(packed: UInt8, pairs: UInt16) -> None:
     for i in range(packed.size):
         nibbles = (packed[i] & 0x0F) | ((packed[i] & 0xF0) << 4)
         pairs[i] = nibbles | ((nibbles & 0x0808) * 0x1E)  # 8 * 0x1e = 0xf0: the sign, extended
+
+
+@compiled
+def _pack_bits(codes: Int8, bits: int, packed: UInt8) -> None:
+    for row in range(codes.shape[0]):
+        waiting, held, byte = np.int64(0), 0, 0
+        for j in range(codes.shape[1]):
+            waiting |= np.int64(codes[row, j]) << held
+            held += bits
+            if held >= 8:
+                packed[row, byte] = waiting & 0xFF
+                waiting >>= 8
+                held -= 8
+                byte += 1
+        if held:
+            packed[row, byte] = waiting
+
+
+@compiled
+def _unpack_bits(packed: UInt8, bits: int, codes: Int8) -> None:
+    ones = (1 << bits) - 1
+    for row in range(codes.shape[0]):
+        waiting, held, byte = np.int64(0), 0, 0
+        for j in range(codes.shape[1]):
+            if held < bits:
+                waiting |= np.int64(packed[row, byte]) << held
+                held += 8
+                byte += 1
+            codes[row, j] = waiting & ones
+            waiting >>= bits
+            held -= bits

@@ -3,7 +3,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slimport.quantize.packing import pack, row_bytes, unpack
+from slimport.quantize.packing import (
+    pack,
+    pack_unsigned,
+    row_bytes,
+    unpack,
+    unpack_unsigned,
+)
 
 
 @settings(deadline=None)  # the first example compiles
@@ -41,3 +47,24 @@ def test_a_slice_of_columns_packs_like_its_copy():
 
 def test_eight_bits_are_the_codes_themselves():
     assert pack(np.int8([[-1, 127]]), 8).tolist() == [[0xFF, 0x7F]]
+
+
+@settings(deadline=None)
+@given(st.data(), st.integers(1, 7), st.integers(1, 5), st.integers(1, 70))
+def test_round_trip_without_a_sign(data, bits, rows, columns):
+    each = st.integers(0, (1 << bits) - 1)
+    flat = st.lists(each, min_size=rows * columns, max_size=rows * columns)
+    codes = np.array(data.draw(flat), np.int8).reshape(rows, columns)
+    packed = pack_unsigned(codes, bits)
+    assert packed.shape == (rows, row_bytes(columns, bits))
+    assert np.array_equal(unpack_unsigned(packed, bits, columns), codes)
+    for row, content in zip(codes, packed, strict=True):  # one number, low bits first
+        number = sum(int(code) << bits * j for j, code in enumerate(row))
+        assert int.from_bytes(content.tobytes(), "little") == number
+
+
+def test_six_bits_by_hand():
+    assert pack_unsigned(np.int8([[1, 2, 3], [63, 0, 63]]), 6).tolist() == [
+        [0x81, 0x30, 0x00],
+        [0x3F, 0xF0, 0x03],
+    ]
