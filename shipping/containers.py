@@ -12,7 +12,17 @@ from ..export.container import Container
 from ..validation.runtime import Runtime, Scorer
 from . import sdks
 
-NAMES = ("gguf", "onnx", "onnx-fp16", "ort", "executorch", "executorch-vulkan", "coreml", "qnn")
+NAMES = (
+    "gguf",
+    "onnx",
+    "onnx-fp16",
+    "ort",
+    "executorch",
+    "executorch-vulkan",
+    "coreml",
+    "coreml-ane",
+    "qnn",
+)
 
 
 class Pair(NamedTuple):
@@ -66,6 +76,11 @@ def load(name: str) -> Pair:
             from ..validation.runtimes import coreml as coreml_runtime
 
             return Pair(coreml, coreml_runtime)
+        if name == "coreml-ane":
+            from ..export import coreml_ane
+            from ..validation.runtimes import coreml_ane as neural_engine
+
+            return Pair(coreml_ane, neural_engine)
         if name == "qnn":
             from ..export import qnn
             from ..validation.runtimes import qnn as emulator

@@ -309,6 +309,7 @@ def report_on(
 ) -> dict[str, Any]:
     """report.json; `errors` are relative RMSE by weight."""
     runtime = job.runtime
+    accelerator = runtime.accelerator(files.model)
     sizes = footprint(
         (*files.base, *files.adapters),
         files.base,
@@ -335,7 +336,10 @@ def report_on(
         samples=_samples(source, judgement) if isinstance(judgement, Judgement) else (),
         inputs=_inputs(job, source, quantized, texts),
         tools=assembly.tools(job.container),
-        findings=limits.findings(job.target, files.model.parent, sizes.download_bytes),
+        findings=[
+            *limits.findings(job.target, files.model.parent, sizes.download_bytes),
+            *(accelerator.findings if accelerator else ()),
+        ],
         not_judged=[
             *runtime.UNKNOWN,
             *(
@@ -343,9 +347,7 @@ def report_on(
                 for path in files.adapters[1:]
             ),
         ],
-        accelerator=None
-        if (found := runtime.accelerator(files.model)) is None
-        else found.to_json(),
+        accelerator=accelerator.to_json() if accelerator else None,
         fallbacks=quantized.plan.fallbacks,
         notes=assembly.notes(job.container, source, quantized.plan),
         executes=runtime.EXECUTES,

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import BadInput
+from ..targets.limits import Finding
 from ..tokenizer.conformance import Chat
 from .worker import Progress
 
@@ -161,11 +162,15 @@ class Effort:
 
 @dataclass(frozen=True, slots=True)
 class Accelerator:
-    """How much of a model an NPU or a GPU runs, as shares: the rest falls to the CPU."""
+    """How much of a model an NPU or a GPU runs, as shares: the rest falls to the CPU.
+
+    `findings`: why something does, or may.
+    """
 
     nodes: float
     weight_bytes: float
     kind: Literal["npu", "gpu"]
+    findings: tuple[Finding, ...] = ()
 
     def to_json(self) -> dict[str, float]:
         """By the names of the metrics, such as `npu_nodes`."""

@@ -83,7 +83,7 @@ def refuse_deployment(plan: Plan, deployment: Deployment) -> None:
     """Raise Unsupported if the target's iOS lacks an operation that a grid needs."""
     release = layout.release_of(plan)
     if deployment.ios is not None and deployment.ios < release.version:
-        grid = next(c.grid.name for c in plan.choices if c.grid and layout.form_of(c).levels)
+        grid = next(c.grid.name for c in plan.choices if c.grid and layout.is_chain(c))
         raise Unsupported(
             f"iOS {deployment.ios} cannot decompress the grid {grid}",
             f"it is a look-up table times scales, which iOS {release.version} brought",
@@ -130,12 +130,12 @@ def read_back(
     folder: Path, config: DecoderConfig, grids: Mapping[str, str]
 ) -> Iterator[tuple[str, Quantized | Float32]]:
     """Every weight of the finished package, by a reader that shares no code with the packer."""
-    return reader.read_back(folder, config, grids)
+    return reader.read_back([reader.File(folder / package.PACKAGE)], config, grids)
 
 
 def check(model: QuantizedCheckpoint, folder: Path) -> ReadBack:
     """Compare every code, scale and value with `model`; Apple's library reads them too."""
-    return compare.check(model, folder)
+    return compare.check(model, [reader.File(folder / package.PACKAGE)])
 
 
 def minimum_runtime(

@@ -14,6 +14,7 @@ from .layout import LEVELS, form_of
 from .program import CASTS, FLOAT16, FLOAT32, Function, Shape, Value
 
 SAME = 1e-9
+_SCALED, _LOOKED_UP = "constexpr_blockwise_shift_scale", "constexpr_lut_to_dense"
 
 
 class Blocks:
@@ -57,20 +58,27 @@ class Blocks:
 
         if choice.grid is None:
             return function.stored(held(choice.weight.name), name)
-        form, codes, scale = form_of(choice), held(f"{matrix.name}.codes"), f"{matrix.name}.scale"
+        form, codes = form_of(choice), held(f"{matrix.name}.codes")
+        if form.scale is None:
+            tensor = self.layout.by_name[f"{matrix.name}.levels"]
+            groups, *rest = tensor.shape
+            table = replace(tensor, shape=(groups, *tail, *rest))
+            shape = codes.shape
+            return function.decompressed(_LOOKED_UP, name, shape, FLOAT16, indices=codes, lut=table)
         dtype = FLOAT16 if form.scale == "<f2" else FLOAT32
+        scale = held(f"{matrix.name}.scale")
         data: Stored | Value = codes
         if form.levels is not None:
             data = function.decompressed(
-                "constexpr_lut_to_dense",
+                _LOOKED_UP,
                 f"{name}_levels",
                 codes.shape,
                 "INT8" if form.levels == "|i1" else FLOAT32,
                 indices=codes,
                 lut=self._levels(choice.grid.name),
             )
-        kind, given = "constexpr_blockwise_shift_scale", {"data": data, "scale": held(scale)}
-        return function.decompressed(kind, name, codes.shape, dtype, **given)
+        given = {"data": data, "scale": scale}
+        return function.decompressed(_SCALED, name, codes.shape, dtype, **given)
 
     def _levels(self, grid: str) -> Stored | npt.NDArray[np.int8]:
         if f"{LEVELS}{grid}" in self.layout.by_name:

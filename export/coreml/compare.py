@@ -1,32 +1,38 @@
-"""A finished package against the quantized checkpoint it was made from, weight by weight."""
+"""Finished packages against the quantized checkpoint they were made from, weight by weight."""
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Sequence
+
+import numpy as np
 
 from ...architectures import Weight
+from ...quantize.blocks import Quantized
 from ...quantize.store import QuantizedCheckpoint
-from ...quantize.tensor import QuantizedTensor
 from ..container import ReadBack
 from ..readback import compare_weights, float_error
-from .reader import PACKAGE, File
+from .reader import File, require_program, unpack
 
 
-def check(model: QuantizedCheckpoint, folder: Path, threads: int = 2) -> ReadBack:
-    """Read the package back and compare every code, scale and value with `model`.
+def check(
+    model: QuantizedCheckpoint, files: Sequence[File], vectors: str = "<f4", threads: int = 2
+) -> ReadBack:
+    """Read packages back and compare every code, scale, level and value with `model`.
+
+    Args:
+        vectors: the type of norms and biases.
 
     Raises:
-        BadInput: the package is malformed, or Apple's library reads it otherwise.
+        BadInput: a package is malformed, or Apple's library reads it otherwise.
         ValidationFailed: a weight differs; its name and the first differing element.
     """
-    file = File(folder / PACKAGE)
-    file.require_program(model.decoder)
+    require_program(files, model.decoder)
 
-    def read(weight: Weight) -> QuantizedTensor | float:
+    def read(weight: Weight) -> Quantized | float:
         name, grid = weight.name, model.plan[weight.name].grid
-        found = file.unpack(weight, grid.name if grid else None)
-        if isinstance(found, QuantizedTensor):
+        found = unpack(files, weight, grid.name if grid else None)
+        if not isinstance(found, np.ndarray):
             return found
-        return float_error(name, "<f2" if weight.is_matrix else "<f4", found, model.rows(name))
+        return float_error(name, "<f2" if weight.is_matrix else vectors, found, model.rows(name))
 
     return compare_weights(model, read, threads)

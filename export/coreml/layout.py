@@ -17,9 +17,10 @@ from typing import Literal, NamedTuple
 from ...architectures import DecoderConfig
 from ...errors import Unsupported
 from ...quantize.grid import Grid
+from ...quantize.palette import LEVEL_DTYPE, PaletteGrid
 from ...quantize.plan import Choice, Plan
 from ..container import Deployment
-from ..layout import INT4, UINT2, UINT4, Layout, Matrix, Stored
+from ..layout import INT4, UINT2, UINT4, UINT6, Layout, Matrix, Stored
 
 Float = Literal["<f2", "<f4"]
 HEAD = RECORD = 64  # bytes before the first tensor, and before each
@@ -31,25 +32,25 @@ class Form(NamedTuple):
 
     Attributes:
         codes: the type of its codes.
-        low: what is taken from a code before it is stored.
-        scale: the type of its scales.
+        scale: the type of its scales; None: it is a palette, and has none.
         levels: the type of its look-up table; None: codes stand for themselves.
     """
 
     codes: str
-    low: int
-    scale: str
+    scale: str | None
     levels: str | None = None
 
 
 FORMS = {
-    "int4-g32": Form(INT4, 0, "<f2"),
-    "int4-g32-signed": Form(INT4, 0, "<f2"),
-    "int8-row": Form("|i1", 0, "<f2"),
-    "int8-g32": Form("|i1", 0, "<f2"),
-    "int2-g64": Form(UINT2, -1, "<f2", "|i1"),
-    "int2-g256": Form(UINT2, -1, "<f2", "|i1"),
-    "nf4-g64": Form(UINT4, -8, "<f4", "<f4"),
+    "int4-g32": Form(INT4, "<f2"),
+    "int4-g32-signed": Form(INT4, "<f2"),
+    "int8-row": Form("|i1", "<f2"),
+    "int8-g32": Form("|i1", "<f2"),
+    "int2-g64": Form(UINT2, "<f2", "|i1"),
+    "int2-g256": Form(UINT2, "<f2", "|i1"),
+    "nf4-g64": Form(UINT4, "<f4", "<f4"),
+    "lut4-r16": Form(UINT4, None, "<f2"),
+    "lut6-r16": Form(UINT6, None, "<f2"),
 }
 
 
@@ -73,8 +74,12 @@ IOS18, IOS26 = Ios(18, 9, "CoreML8"), Ios(26, 10, "CoreML9")
 
 def release_of(plan: Plan) -> Ios:
     """The oldest release that decompresses every grid of a plan."""
-    newer = any(form_of(choice).levels for choice in plan.choices if choice.grid)
-    return IOS26 if newer else IOS18
+    return IOS26 if any(map(is_chain, plan.choices)) else IOS18
+
+
+def is_chain(choice: Choice) -> bool:
+    """Whether a weight is looked up in a table and then multiplied by scales."""
+    return choice.grid is not None and None not in form_of(choice)[1:]
 
 
 def form_of(choice: Choice) -> Form:
@@ -124,24 +129,29 @@ def tensors_of(choice: Choice, vectors: Float) -> Iterator[Stored]:
         dtype = "<f2" if weight.is_matrix else vectors
         yield Stored(weight.name, dtype, weight.shape, (choice,), "values")
         return
-    assert isinstance(grid, Grid), "layout refuses ggml's blocks"
     (rows, columns), form = weight.shape, form_of(choice)
     yield Stored(f"{stem}.codes", form.codes, (rows, columns), (choice,), "codes")
+    if isinstance(grid, PaletteGrid):
+        levels = (rows // grid.group, 1, grid.size, 1)
+        yield Stored(f"{stem}.levels", LEVEL_DTYPE, levels, (choice,), "levels")
+        return
+    assert isinstance(grid, Grid) and form.scale, "layout refuses ggml's blocks"
     shape = (rows, grid.groups(columns))
     yield Stored(f"{stem}.scale", form.scale, shape, (choice,), "scale")
 
 
 def zeros_of(matrix: Matrix) -> str:
     """The name of the bias that adds nothing to a product: one for each size and type."""
-    kind = "<f2" if matrix.grid is None else form_of(matrix.choices[0]).scale
+    choice = matrix.choices[0]
+    kind = ("<f2" if choice.grid is None else form_of(choice).scale) or "<f2"
     return f"{ZEROS}{matrix.shape[0]}.{kind[1:]}"
 
 
 def _shared(matrix: Matrix) -> Iterator[Stored]:
     """What matrices of one size or grid share: biases that add nothing, and levels."""
-    name, grid = zeros_of(matrix), matrix.grid
+    name, grid = zeros_of(matrix), matrix.choices[0].grid
     yield Stored(name, f"<{name[-2:]}", (matrix.shape[0],), (), "values")
-    if grid is not None and grid.levels is not None:
+    if isinstance(grid, Grid) and grid.levels is not None:
         shape = (1, 1, len(grid.levels), 1)
         yield Stored(f"{LEVELS}{grid.name}", "<f4", shape, (), "values")
 

@@ -15,18 +15,27 @@ import numpy.typing as npt
 
 from ...architectures import DecoderConfig
 from ...architectures.rotation import turns
+from ...quantize.blocks import BlockTensor
 from ...quantize.floats import exact_half, half
 from ...quantize.grid import GRIDS, Int8
-from ...quantize.packing import join_pairs_of_bits, pack
+from ...quantize.packing import join_pairs_of_bits, pack, pack_unsigned
+from ...quantize.palette import PaletteTensor
 from ...quantize.store import QuantizedCheckpoint
-from ...quantize.tensor import QuantizedTensor
-from ..layout import INT4, UINT2, UINT4, Layout, Stored
+from ..layout import INT4, UINT2, UINT4, UINT6, Layout, Stored
 from .layout import HEAD, LEVELS, RECORD, ROPE, form_of
 
 UInt8 = npt.NDArray[np.uint8]
 _CHUNK = 1 << 21  # weights packed at a time
 _MARK, _VERSION = 0xDEADBEEF, 2
-_TYPES = {"<f2": 1, "<f4": 2, "|i1": 4, INT4: 8, UINT2: 10, UINT4: 11}  # of MIL's BlobDataType
+_TYPES = {
+    "<f2": 1,
+    "<f4": 2,
+    "|i1": 4,
+    INT4: 8,
+    UINT2: 10,
+    UINT4: 11,
+    UINT6: 13,
+}  # of MIL's BlobDataType
 _RAISE = np.uint8(0x88)  # adds 8 to both codes of a byte, modulo 16
 
 
@@ -68,7 +77,13 @@ def parts(tensor: Stored, model: QuantizedCheckpoint) -> Iterator[npt.NDArray[An
         halved = tensor.dtype == "<f2"
         yield half(choice.weight.name, weight) if halved else np.ascontiguousarray(weight, "<f4")
         return
-    assert isinstance(weight, QuantizedTensor), "layout refuses ggml's blocks"
+    assert not isinstance(weight, BlockTensor), "layout refuses ggml's blocks"
+    if isinstance(weight, PaletteTensor):
+        if tensor.part == "levels":
+            yield np.ascontiguousarray(weight.levels, tensor.dtype)
+        else:
+            yield from _palette_codes(weight)
+        return
     if tensor.part == "scale":
         narrow = tensor.dtype == "<f2"
         yield np.ascontiguousarray(exact_half(weight.scale) if narrow else weight.scale)
@@ -76,6 +91,15 @@ def parts(tensor: Stored, model: QuantizedCheckpoint) -> Iterator[npt.NDArray[An
     step = max(1, _CHUNK // weight.shape[1])
     for start in range(0, weight.shape[0], step):
         yield _codes(weight.codes[start : start + step], form_of(choice).codes)
+
+
+def _palette_codes(weight: PaletteTensor) -> Iterator[UInt8]:
+    """As one row: a row of its own need not end with a byte."""
+    rows, columns = weight.shape
+    step = max(8, _CHUNK // columns // 8 * 8)
+    for start in range(0, rows, step):
+        flat = np.ascontiguousarray(weight.codes[start : start + step]).reshape(1, -1)
+        yield pack_unsigned(flat, weight.grid.bits)
 
 
 def _constant(tensor: Stored) -> npt.NDArray[Any]:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from ..layout import INT4, UINT2, UINT4, Stored
+from ..layout import INT4, UINT2, UINT4, UINT6, Stored
 from .layout import RECORD
 from .proto import messages
 
@@ -26,6 +26,7 @@ TYPES = {
     INT4: "INT4",
     UINT2: "UINT2",
     UINT4: "UINT4",
+    UINT6: "UINT6",
 }
 BLOB_FILE = "weights/weight.bin"
 CASTS = {FLOAT16: "fp16", FLOAT32: "fp32", INT32: "int32"}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,10 +24,11 @@ from ...architectures.rotation import turns
 from ...errors import BadInput
 from ...quantize.blocks import Quantized
 from ...quantize.grid import GRIDS, Float32, Grid
+from ...quantize.palette import PALETTE_GRIDS, PaletteGrid, PaletteTensor
 from ...quantize.tensor import QuantizedTensor
 from .proto import blob_library, messages
 
-PACKAGE = "Model.mlpackage"
+_AGAIN = "_again"  # behind the name of a table that is made twice
 _FILE = "@model_path/weights/weight.bin"
 _MARK, _VERSION, _ALIGNMENT = 0xDEADBEEF, 2, 64
 _SCALED, _LOOKED_UP = "constexpr_blockwise_shift_scale", "constexpr_lut_to_dense"
@@ -55,27 +56,31 @@ _TYPES = {
 
 
 class File:
-    """A package whose program was read: operations by the names of what they make."""
+    """A package whose program was read: operations by the names of what they make.
 
-    def __init__(self, package: Path) -> None:
-        with _checked(package):
+    Args:
+        vectors: the type of norms, biases and tables of ropes.
+    """
+
+    def __init__(self, package: Path, vectors: str = "<f4") -> None:
+        self.name, self._vectors = package.name, vectors
+        with self._checked():
             manifest = json.loads((package / "Manifest.json").read_text("utf-8"))
             root = manifest["itemInfoEntries"][manifest["rootModelIdentifier"]]["path"]
             if root != "com.apple.CoreML/model.mlmodel":
                 raise ValueError(f"its manifest names {root}")
             folder = package / "Data" / "com.apple.CoreML"
             model = messages("Model").Model.FromString((folder / "model.mlmodel").read_bytes())
-            self.weights = folder / "weights" / "weight.bin"
-            self._data = np.memmap(self.weights, np.uint8, "r")
-            count, version = (int(each) for each in self._data[:8].view("<u4"))
+            weights = folder / "weights" / "weight.bin"
+            self._data = np.memmap(weights, np.uint8, "r")
+            _, version = (int(each) for each in self._data[:8].view("<u4"))
             if version != _VERSION:
                 raise ValueError(f"its weight file has version {version}")
-            self.count = count
-            self.functions = {
-                name: function.block_specializations[function.opset]
-                for name, function in model.mlProgram.functions.items()
-            }
-            if not self.functions:
+            self._blocks = [
+                function.block_specializations[function.opset]
+                for function in model.mlProgram.functions.values()
+            ]
+            if not self._blocks:
                 raise ValueError("it has no function")
             self._made = [
                 {
@@ -83,43 +88,58 @@ class File:
                     for operation in block.operations
                     for output in operation.outputs
                 }
-                for block in self.functions.values()
+                for block in self._blocks
             ]
             self._types = messages("MIL").DataType
-            self._library = blob_library()._BlobStorageReader(str(self.weights))
+            self._library = blob_library()._BlobStorageReader(str(weights))
 
-    def unpack(self, weight: Weight, grid: str | None) -> QuantizedTensor | Float32:
+    def has(self, name: str) -> bool:
+        """Whether its functions hold a weight."""
+        return all(_name(name) in made for made in self._made)
+
+    def unpack(self, weight: Weight, grid: str | None) -> Quantized | Float32:
         """One weight: on its grid, or float32 where `grid` is None.
 
         Raises:
-            BadInput: it is missing, has another shape or grid, or two functions have two of it.
+            BadInput: it is missing, has another shape or grid, or two functions, or two operations
+                of one, have two of it.
         """
-        with _checked(self.weights.parents[3]):
-            found = {self._value(made, weight, grid) for made in self._made}
+        with self._checked():
+            names = [_name(weight.name), _name(weight.name) + _AGAIN]
+            found = {
+                self._value(made, name, grid)
+                for made in self._made
+                for name in names
+                if name == names[0] or name in made
+            }
             if len(found) != 1:
-                raise ValueError(f"functions read {weight.name} from different places")
-            (place,) = found
-            return self._unpacked(place, weight, grid)
+                raise ValueError(f"{weight.name} is read from {len(found)} different places")
+            (places,) = found
+            return self._unpacked(places, weight, grid)
 
-    def _value(
-        self, made: Mapping[str, Any], weight: Weight, grid: str | None
-    ) -> tuple[Place, ...]:
-        """Where a weight lies: its numbers, or its codes, scales and levels."""
-        operation = made[_name(weight.name)]
+    def _value(self, made: Mapping[str, Any], name: str, grid: str | None) -> tuple[Place, ...]:
+        """Where a weight lies: its numbers; or its codes, scales or levels, or both."""
+        operation = made[name]
         if grid is None:
             if operation.type != "const":
-                raise ValueError(f"{weight.name} is made by {operation.type}")
+                raise ValueError(f"{name} is made by {operation.type}")
             return (self._place(operation.attributes["val"]),)
+        if grid in PALETTE_GRIDS:
+            return self._looked_up(operation, name)
         if operation.type != _SCALED or "offset" in operation.inputs:
-            raise ValueError(f"{weight.name} is made by {operation.type}")
+            raise ValueError(f"{name} is made by {operation.type}, or has an offset")
         data, scale = (operation.inputs[key].arguments[0] for key in ("data", "scale"))
         if data.WhichOneof("binding") == "value":
             return self._place(data.value), self._place(scale.value)
-        looked_up = made[data.name]
-        if looked_up.type != _LOOKED_UP or "vector_axis" in looked_up.inputs:
-            raise ValueError(f"{weight.name} is looked up by {looked_up.type}")
-        indices, lut = (looked_up.inputs[key].arguments[0].value for key in ("indices", "lut"))
-        return self._place(indices), self._place(scale.value), self._place(lut)
+        codes, levels = self._looked_up(made[data.name], name)
+        return codes, self._place(scale.value), levels
+
+    def _looked_up(self, operation: Any, name: str) -> tuple[Place, Place]:
+        """Where codes and levels lie."""
+        if operation.type != _LOOKED_UP or "vector_axis" in operation.inputs:
+            raise ValueError(f"{name} is looked up by {operation.type}, or as vectors")
+        codes, levels = (operation.inputs[key].arguments[0].value for key in ("indices", "lut"))
+        return self._place(codes), self._place(levels)
 
     def _place(self, value: Any) -> Place:
         tensor = value.type.tensorType
@@ -162,17 +182,26 @@ class File:
 
     def _unpacked(
         self, places: tuple[Place, ...], weight: Weight, grid: str | None
-    ) -> QuantizedTensor | Float32:
-        first = self.array(places[0])
-        if _matrix(first.shape) != weight.shape:
-            raise ValueError(f"{weight.name} has shape {first.shape}, not {weight.shape}")
-        first = first.reshape(weight.shape)
+    ) -> Quantized | Float32:
+        first = _as_shape(self.array(places[0]), weight.shape, weight.name)
         if grid is None:
-            wanted = "<f2" if weight.is_matrix else "<f4"
+            wanted = "<f2" if weight.is_matrix else self._vectors
             if first.dtype != wanted:
                 raise ValueError(f"{weight.name} is {first.dtype}, not {wanted}")
             return first.astype(np.float32)
+        bits = _TYPES[places[0].kind].bits
+        if grid in PALETTE_GRIDS:
+            return self._of_palette(weight, PALETTE_GRIDS[grid], first, bits, places[1])
         return self._on_grid(weight, GRIDS[grid], first, places)
+
+    def _of_palette(
+        self, weight: Weight, grid: PaletteGrid, codes: npt.NDArray[Any], bits: int, place: Place
+    ) -> PaletteTensor:
+        shape = (len(codes) // grid.group, grid.size)
+        if bits != grid.bits or place.shape[0] != shape[0]:
+            raise ValueError(f"{weight.name} has codes of {bits} bits and levels {place.shape}")
+        levels = _as_shape(self.array(place), shape, weight.name).astype(np.float32)
+        return PaletteTensor(grid, np.ascontiguousarray(codes.view(np.int8)), levels)
 
     def _on_grid(
         self, weight: Weight, grid: Grid, codes: npt.NDArray[Any], places: tuple[Place, ...]
@@ -182,36 +211,25 @@ class File:
         if len(places) == 3:
             levels = grid.levels or range(grid.low, grid.high + 1)
             found = self.array(places[2])
-            if (
-                places[2].shape != (1, 1, len(levels), 1)
-                or (found.ravel() != np.array(levels, np.float32)).any()
-            ):
+            wrong = found.ravel() != np.array(levels, np.float32)
+            if places[2].shape != (1, 1, len(levels), 1) or wrong.any():
                 raise ValueError(f"{weight.name} has other levels than {grid.name}")
             codes = codes.astype(np.int8) + np.int8(grid.low)
         elif grid.levels is not None or places[0].kind not in ("INT4", "INT8"):
             raise ValueError(f"{weight.name} has no levels")
-        scale = self.array(places[1])
         wanted = (len(codes), grid.groups(codes.shape[1]))
-        if _matrix(scale.shape) != wanted:
-            raise ValueError(f"{weight.name} has scales {scale.shape}, not {wanted}")
-        scale = scale.reshape(wanted).astype(np.float32)
+        scale = _as_shape(self.array(places[1]), wanted, weight.name).astype(np.float32)
         if codes.min() < grid.low or codes.max() > grid.high or not _valid(scale, grid):
             raise ValueError(f"{weight.name} has a code or a scale that {grid.name} does not have")
         return QuantizedTensor(grid, np.ascontiguousarray(codes), scale)
 
-    def require_program(self, config: DecoderConfig) -> None:
-        """Raise BadInput unless functions read all weights, in the order of a forward pass.
+    def orders(self, names: set[str]) -> list[list[str]]:
+        """Those of `names` that operations take, in the order in which they do, by function."""
+        return [_order(block, names) for block in self._blocks]
 
-        And unless tables of ropes hold their rotations, and biases that add nothing hold zeros.
-        """
-        wanted = [_name(weight.name) for weight in weights(config)]
-        with _checked(self.weights.parents[3]):
-            for block in self.functions.values():
-                found = _order(block, set(wanted))
-                if found != wanted:
-                    pairs = zip([*found, "nothing"], [*wanted, "nothing"], strict=False)
-                    read, due = next(pair for pair in pairs if pair[0] != pair[1])
-                    raise ValueError(f"it computes with {read} in the place of {due}")
+    def require_tables(self, config: DecoderConfig) -> None:
+        """Raise BadInput unless tables of ropes hold rotations, and empty biases zeros."""
+        with self._checked():
             for made in self._made:
                 for name, operation in made.items():
                     if operation.type == "const" and name.partition("_")[0] in ("rope", "zeros"):
@@ -229,8 +247,20 @@ class File:
             if 2 * width != rope.rotated(config.head_dim):
                 raise ValueError(f"{name} has {width} columns")
             wanted = turns(rope, config.head_dim, length)[half].reshape(found.shape)
-        if not np.array_equal(found, wanted):
+        if not np.array_equal(found, wanted.astype(found.dtype)):
             raise ValueError(f"{name} has other numbers")
+
+    @contextmanager
+    def _checked(self) -> Iterator[None]:
+        """What a package that is not as it should be makes of its reader, as BadInput."""
+        try:
+            yield
+        except BadInput:
+            raise
+        except (OSError, LookupError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+            raise _foreign(self.name, str(error) or type(error).__name__) from error
+        except DecodeError as error:
+            raise _foreign(self.name, "its model is not a message of Core ML") from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,17 +274,51 @@ class Place:
 
 
 def read_back(
-    folder: Path, config: DecoderConfig, grids: Mapping[str, str]
+    files: Sequence[File], config: DecoderConfig, grids: Mapping[str, str]
 ) -> Iterator[tuple[str, Quantized | Float32]]:
-    """Every weight of the package in `folder`, under its source name.
+    """Every weight of the packages, under its source name.
 
     Raises:
         BadInput: a weight or a table is missing or not as it should be.
     """
-    file = File(folder / PACKAGE)
-    file.require_program(config)
+    require_program(files, config)
     for weight in weights(config):
-        yield weight.name, file.unpack(weight, grids.get(weight.name))
+        yield weight.name, unpack(files, weight, grids.get(weight.name))
+
+
+def unpack(files: Sequence[File], weight: Weight, grid: str | None) -> Quantized | Float32:
+    """One weight of the packages; in as many of them as it is, it must be the same.
+
+    Raises:
+        BadInput: as File.unpack, or packages have two of it.
+    """
+    holders = [file for file in files if file.has(weight.name)] or list(files[:1])
+    first, *others = (file.unpack(weight, grid) for file in holders)
+    for file, other in zip(holders[1:], others, strict=True):
+        if isinstance(first, np.ndarray) or isinstance(other, np.ndarray):
+            same = np.array_equal(first, other)  # type: ignore[arg-type]
+        else:
+            same = first.digest(weight.name) == other.digest(weight.name)
+        if not same:
+            raise _foreign(file.name, f"its {weight.name} is not that of {holders[0].name}")
+    return first
+
+
+def require_program(files: Sequence[File], config: DecoderConfig) -> None:
+    """Raise BadInput unless functions read all weights, in the order of a forward pass.
+
+    And unless tables hold what they are made of.
+    """
+    wanted = [_name(weight.name) for weight in weights(config)]
+    orders = [file.orders(set(wanted)) for file in files]
+    for parts in zip(*orders, strict=True):
+        found = list(dict.fromkeys(name for part in parts for name in part))
+        if found != wanted:
+            pairs = zip([*found, "nothing"], [*wanted, "nothing"], strict=False)
+            read, due = next(pair for pair in pairs if pair[0] != pair[1])
+            raise _foreign(files[0].name, f"it computes with {read} in the place of {due}")
+    for file in files:
+        file.require_tables(config)
 
 
 def _order(block: Any, names: set[str]) -> list[str]:
@@ -289,9 +353,11 @@ def _numbers(raw: npt.NDArray[np.uint8], known: _Type, count: int) -> npt.NDArra
     return found
 
 
-def _matrix(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """A shape without the sizes of 1 that a convolution has at its end."""
-    return shape[:2] if len(shape) == 4 and shape[2:] == (1, 1) else shape
+def _as_shape(found: npt.NDArray[Any], shape: Sequence[int], name: str) -> npt.NDArray[Any]:
+    """An array without the sizes of 1 that operations want it to have."""
+    if [size for size in found.shape if size != 1] != [size for size in shape if size != 1]:
+        raise ValueError(f"{name} has shape {found.shape}, not {tuple(shape)}")
+    return found.reshape(shape)
 
 
 def _valid(scale: Float32, grid: Grid) -> bool:
@@ -302,18 +368,5 @@ def _name(source: str) -> str:
     return source.replace(".", "_")
 
 
-@contextmanager
-def _checked(package: Path) -> Iterator[None]:
-    """What a package that is not as it should be makes of its reader, as BadInput."""
-    try:
-        yield
-    except BadInput:
-        raise
-    except (OSError, LookupError, ValueError, TypeError, AttributeError, RuntimeError) as error:
-        raise _foreign(package, str(error) or type(error).__name__) from error
-    except DecodeError as error:
-        raise _foreign(package, "its model is not a message of Core ML") from error
-
-
-def _foreign(package: Path, why: str) -> BadInput:
-    return BadInput(f"{package.name} is not a package that slimport wrote", why, "export it again")
+def _foreign(package: str, why: str) -> BadInput:
+    return BadInput(f"{package} is not a package that slimport wrote", why, "export it again")

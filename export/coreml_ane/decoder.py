@@ -18,7 +18,8 @@ from ..coreml.program import BOOL, FLOAT16, INT32, Function, Value
 from ..coreml.skeleton import LOGITS
 from .layout import Part, room_of, state_of
 
-POSITION, HIDDEN, CACHE = "position", "hidden", "keyValueCache"
+POSITION, CACHE = "position", "keyValueCache"
+HIDDEN, HANDED_ON = "hidden", "hiddenOut"
 _MASKED = -40000.0  # as Apple's guides: an infinite one makes what is no number
 
 
@@ -208,4 +209,4 @@ class _Decoder(Blocks):
 
     def handed_on(self, stream: Value) -> Value:
         """The stream under a name of its own."""
-        return self.function.op("identity", "hiddenOut", stream.shape, x=stream)
+        return self.function.op("identity", HANDED_ON, stream.shape, x=stream)

@@ -19,9 +19,10 @@ from ..coreml.layout import HEAD, RECORD, matrices_of, refuse_grid, ropes_of, te
 from ..coreml.package import PACKAGE
 from ..layout import Layout, Matrix, Stored
 
-GRIDS = ("int8-row",)
+GRIDS = ("lut4-r16", "lut6-r16", "int8-row")
 CHUNK = 64  # tokens of a prompt that are computed at a time
 LIMIT = 900_000_000  # bytes of a package
+LONGEST = 16_384  # of a dimension
 _SMALLEST = 32  # of a state's last dimensions
 _INSTEAD = "--target ios18-gpu"
 
@@ -56,7 +57,7 @@ def parts(
     groups = _groups(config, plan, limit)
     return [
         Part(
-            PACKAGE if place == 0 else PACKAGE.replace(".", f"_{place + 1}."),
+            package_name(place),
             layers,
             place == 0,
             place == len(groups) - 1,
@@ -64,6 +65,11 @@ def parts(
         )
         for place, layers in enumerate(groups)
     ]
+
+
+def package_name(place: int) -> str:
+    """Of the package that runs at a place, from 0 on."""
+    return PACKAGE if place == 0 else PACKAGE.replace(".", f"_{place + 1}.")
 
 
 def room_of(context: int) -> int:

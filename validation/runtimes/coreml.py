@@ -39,6 +39,7 @@ UNKNOWN = (
     "iPhone: speed, what Core ML copies or decompresses when it loads, rounding inside of kernels",
 )
 SESSION: Mapping[str, Any] = {}
+PART = 128  # tokens of a prompt at a time, as in README.bundle.md
 _WORKER = "slimport.validation.runtimes.coreml_worker"
 
 

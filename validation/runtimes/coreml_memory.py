@@ -1,57 +1,67 @@
-"""Bytes that a package takes once it is loaded, as its program says."""
+"""Bytes that packages take once they are loaded, as their programs say."""
 
 from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
-from ...export.coreml.package import package_of, properties_of
+from ...export.coreml.package import bundle_of, properties_of
+from ...export.coreml_ane.device import packages_in
 from ..runtime import Memory
 from .mil_package import Package, type_of
 
-_BYTES = {"FLOAT16": 2, "FLOAT32": 4, "INT32": 4, "BOOL": 1}
+_HALF = 2  # bytes of a float16
+_PRODUCTS = ("linear", "conv")
 _LIVE = 4  # tensors of a layer at a time: the stream, what is read of it, and what is made of that
 
 
 def memory(file: Path, part: int) -> Memory:
-    """Memory of a package whose runs have `part` tokens at most.
+    """Memory of packages whose runs have `part` tokens at most, if they may have any number.
 
-    The weights are mapped, and copied to the GPU as they are. States are kept once. Activations
-    are the logits of all tokens of a run, some tensors as wide as the widest, and the scores of a
-    layer before and after the softmax. What Core ML takes for itself is not known.
+    The weights are mapped, and copied to the GPU or the Neural Engine as they are. States are kept
+    once. Activations are the logits of all tokens of a run, some tensors as wide as the widest, and
+    the scores of a layer before and after the softmax. What Core ML takes for itself is not known.
     """
-    package = Package.open(package_of(file))
     told = properties_of(file)
-    heads, context = (int(told[f"slimport.{key}"]) for key in ("heads", "context_length"))
-    function = package.model.mlProgram.functions[package.functions[0]]
-    block = function.block_specializations[function.opset]
-    states = (
-        type_of(given.type.stateType.wrappedType.tensorType)
-        for given in function.inputs
-        if given.type.WhichOneof("type") == "stateType"
+    heads, context, vocabulary = (
+        int(told[f"slimport.{key}"]) for key in ("heads", "context_length", "vocab_size")
     )
-    made = {
-        output.name: type_of(output.type.tensorType)
-        for operation in block.operations
-        if operation.type != "const" and "state" not in operation.type
-        for output in operation.outputs
-    }
-    sizes = {name: _nbytes(*each, part) for name, each in made.items() if None in each[1]}
-    results = [sizes.pop(name) for name in block.outputs]
-    weights = sum(path.stat().st_size for path in (file.parent / "weights").iterdir())
+    part = int(told.get("slimport.chunk", part))
+    packages = [Package.open(bundle_of(file) / name) for name in packages_in(bundle_of(file))]
+    weights = sum(map(_weights, packages))
+    programs = sum((package.folder / file.name).stat().st_size for package in packages)
+    width = vocabulary + _LIVE * max(map(_widest, packages)) + 2 * heads * context
     return Memory(
-        mapped=weights + file.stat().st_size,
+        mapped=weights + programs,
         repacked=weights,
-        kv_cache=sum(_nbytes(*state, 1) for state in states),
-        compute=sum(results) + _LIVE * max(sizes.values()) + _scores(heads, part, context),
+        kv_cache=sum(map(_states, packages)),
+        compute=_HALF * part * width,
     )
 
 
-def _nbytes(kind: str, shape: tuple[int | None, ...], tokens: int) -> int:
-    """Of a tensor whose sizes that vary are `tokens`."""
-    return _BYTES[kind] * math.prod(tokens if size is None else size for size in shape)
+def _weights(package: Package) -> int:
+    return sum(path.stat().st_size for path in (package.folder / "weights").iterdir())
 
 
-def _scores(heads: int, part: int, context: int) -> int:
-    """Scores of one layer, before and after the softmax."""
-    return 2 * _BYTES["FLOAT16"] * heads * part * context
+def _states(package: Package) -> int:
+    """Of one function: all others use the same."""
+    shapes = [
+        type_of(given.type.stateType.wrappedType.tensorType)[1]
+        for given in _function(package).inputs
+        if given.type.WhichOneof("type") == "stateType"
+    ]
+    return sum(_HALF * math.prod(size or 1 for size in shape) for shape in shapes)
+
+
+def _widest(package: Package) -> int:
+    """Numbers that the widest product makes of a token, but for the logits."""
+    function = _function(package)
+    operations = function.block_specializations[function.opset].operations
+    made = [each.outputs[0].type.tensorType for each in operations if each.type in _PRODUCTS]
+    return max((max(size or 1 for size in type_of(kind)[1]) for kind in made[:-1]), default=0)
+
+
+def _function(package: Package) -> Any:
+    """The default one."""
+    return package.model.mlProgram.functions[package.functions[0]]

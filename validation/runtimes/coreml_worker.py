@@ -1,13 +1,13 @@
 """The child process behind `coreml`: one job on one package.
 
-It gives a function what the README of the bundle gives it: ids of a part of a prompt, and masks.
+It gives functions what the README of the bundle gives them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -16,14 +16,16 @@ from torch import Tensor
 
 from ...errors import BadInput
 from ...export.coreml.decoder import FULL, IDS, LOGITS, SLIDING
-from ...export.coreml.package import package_of, properties_of
+from ...export.coreml.package import bundle_of, package_of, properties_of
+from ...export.coreml_ane import DECODE, PREFILL
+from ...export.coreml_ane.decoder import HANDED_ON, HIDDEN, POSITION
+from ...export.coreml_ane.device import packages_in
 from ...quantize.grid import Float32
 from .. import worker
 from ..logits import writer
 from . import coreml, coreml_memory, mil
 from .refusals import refusals
 
-_PART = 128  # tokens of a prompt at a time, as in README.bundle.md
 _DECODED = 4  # tokens of the first window that are given one by one
 _MASKED = float(np.finfo(np.float16).min)
 
@@ -31,43 +33,150 @@ Ids = npt.NDArray[np.int32]
 
 
 class Engine(Protocol):
-    """What runs a function of a package, with states that go on from run to run."""
+    """What runs the functions of a package, with states that they share and that go on."""
 
     @property
-    def inputs(self) -> Mapping[str, Any]:
-        """By name."""
+    def inputs(self) -> Collection[str]:
+        """Of the function that runs by default."""
 
     def reset(self) -> None:
         """Forget the text."""
 
-    def run(self, inputs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    def run(self, inputs: Mapping[str, Tensor], function: str | None = None) -> dict[str, Tensor]:
         """The function's outputs."""
+
+    def refuse_overflow(self) -> None:
+        """Raise ValidationFailed if a number did not fit float16."""
+
+
+class _Interpreted:
+    """The MIL interpreter."""
+
+    def __init__(self, package: Path, functions: Sequence[str | None], exact: bool) -> None:
+        self._states = mil.States()
+        rounding: Literal["fp16", "fp32"] = "fp32" if exact else "fp16"
+        self._functions = {
+            name: mil.Interpreter(package, name, rounding=rounding, states=self._states)
+            for name in functions
+        }
+        self.inputs = self._functions[functions[0]].inputs.keys()
+
+    def reset(self) -> None:
+        self._states.reset()
+
+    def run(self, inputs: Mapping[str, Tensor], function: str | None = None) -> dict[str, Tensor]:
+        return self._functions[function].run(inputs)
+
+    def refuse_overflow(self) -> None:
+        for function in self._functions.values():
+            mil.refuse_overflow(function.peaks)
 
 
 class _CoreML:
     """Core ML itself, on a Mac."""
 
-    def __init__(self, package: Path) -> None:
+    def __init__(self, package: Path, functions: Sequence[str | None]) -> None:
         import coremltools
 
-        units = coremltools.ComputeUnit.CPU_AND_GPU
+        units = coremltools.ComputeUnit
+        unit = units.CPU_AND_GPU if functions[0] is None else units.CPU_AND_NE
         with refusals(f"Core ML does not load {package.name}"):
-            self._model = coremltools.models.MLModel(str(package), compute_units=units)
-        self.inputs = {each.name: each for each in self._model.get_spec().description.input}
+            self._functions = {
+                name: coremltools.models.MLModel(
+                    str(package), compute_units=unit, function_name=name
+                )
+                for name in functions
+            }
+        self._first = self._functions[functions[0]]
+        self.inputs = [each.name for each in self._first.input_description]
         self.reset()
 
     def reset(self) -> None:
-        self._state = self._model.make_state()
+        self._state = self._first.make_state()
 
-    def run(self, inputs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    def run(self, inputs: Mapping[str, Tensor], function: str | None = None) -> dict[str, Tensor]:
         given = {name: tensor.numpy() for name, tensor in inputs.items()}
         with refusals("Core ML cannot run the package"):
-            found = self._model.predict(given, state=self._state)
+            found = self._functions[function].predict(given, state=self._state)
         return {name: torch.from_numpy(np.asarray(each)) for name, each in found.items()}
 
+    def refuse_overflow(self) -> None:
+        """What it rounds inside it does not tell."""
 
-class _Model:
-    """A package that continues texts.
+
+def _engine(package: Path, functions: Sequence[str | None], exact: bool) -> Engine:
+    if coreml.EXECUTES and not exact:
+        return _CoreML(package, functions)
+    return _Interpreted(package, functions, exact)
+
+
+class Model(Protocol):
+    """Packages that continue a text.
+
+    Attributes:
+        engines: that run them, in their order.
+        chunk: tokens of a prompt that are given at a time.
+    """
+
+    engines: Sequence[Engine]
+    chunk: int
+
+    def run(self, ids: Ids, position: int) -> Float32:
+        """Logits (n, vocabulary) of ids (n,), the first at `position`."""
+
+
+class _Flexible:
+    """A package that takes parts of a prompt as long as they are, with masks."""
+
+    def __init__(self, file: Path, told: Mapping[str, str], exact: bool) -> None:
+        self._engine = _engine(package_of(file), [None], exact)
+        self.engines: Sequence[Engine] = [self._engine]
+        self.chunk = coreml.PART
+        self._context = int(told["slimport.context_length"])
+        window = told.get("co.huggingface.exporters.sliding_window")
+        self._window = self._context if window is None else int(window)
+
+    def run(self, ids: Ids, position: int) -> Float32:
+        total = position + ids.size
+        ahead = torch.arange(position, total)[:, None] - torch.arange(total)
+        given = {IDS: torch.from_numpy(ids)[None]}
+        for name, window in ((FULL, self._context), (SLIDING, self._window)):
+            if name in self._engine.inputs:
+                seen = (ahead >= 0) & (ahead < window)
+                mask = torch.zeros(ahead.shape).masked_fill(~seen, _MASKED)
+                given[name] = mask.to(torch.float16)[None, None]
+        rows: Float32 = self._engine.run(given)[LOGITS][0].float().numpy()
+        return rows
+
+
+class _Fixed:
+    """Packages that run one after the other, for whole chunks of a prompt or for one token."""
+
+    def __init__(self, file: Path, told: Mapping[str, str], exact: bool) -> None:
+        names = packages_in(bundle_of(file))
+        functions = [DECODE, PREFILL]
+        self.engines: Sequence[Engine] = [
+            _engine(bundle_of(file) / name, functions, exact) for name in names
+        ]
+        self.chunk = int(told["slimport.chunk"])
+
+    def run(self, ids: Ids, position: int) -> Float32:
+        one = ids.size == 1
+        filled = np.zeros(1 if one else self.chunk, np.int32)
+        filled[: ids.size] = ids
+        given = {IDS: torch.from_numpy(filled)[None]}
+        where = torch.tensor([position], dtype=torch.int32)
+        for engine in self.engines:
+            found = engine.run({**given, POSITION: where}, DECODE if one else PREFILL)
+            if LOGITS in found:
+                rows: Float32 = found[LOGITS][0, : ids.size].float().numpy()
+                return rows
+            given = {HIDDEN: found[HANDED_ON]}
+        raise AssertionError("the last package gives logits")
+
+
+class _Text:
+    """A text that packages read and continue.
 
     Args:
         exact: by the interpreter, without rounding.
@@ -75,74 +184,59 @@ class _Model:
 
     def __init__(self, file: Path, exact: bool = False) -> None:
         torch.set_num_threads(worker.threads())
-        package, told = package_of(file), properties_of(file)
-        self._interpreter: mil.Interpreter | None = None
-        if coreml.EXECUTES and not exact:
-            self._engine: Engine = _CoreML(package)
-        else:
-            self._interpreter = mil.Interpreter(package, rounding="fp32" if exact else "fp16")
-            self._engine = self._interpreter
+        told = properties_of(file)
         self.context = int(told["slimport.context_length"])
         self.vocab_size = int(told["slimport.vocab_size"])
         self.stops = {int(each) for each in told["slimport.stop_tokens"].split(",") if each}
-        window = told.get("co.huggingface.exporters.sliding_window")
-        self._window = self.context if window is None else int(window)
+        opened = _Fixed if "slimport.chunk" in told else _Flexible
+        self._model: Model = opened(file, told, exact)
 
     def reset(self) -> None:
-        self._engine.reset()
-
-    def run(self, ids: Ids, position: int) -> Float32:
-        """Logits (n, vocabulary) of ids (n,), the first at `position`."""
-        total = position + ids.size
-        if total > self.context:
-            raise BadInput(
-                f"a text of {total} tokens is too long",
-                f"the package is made for a context of {self.context} tokens",
-                "validate with shorter windows or prompts",
-            )
-        found = self._engine.run(self._inputs(ids, position))
-        rows: Float32 = found[LOGITS][0].float().numpy()
-        return rows
+        for engine in self._model.engines:
+            engine.reset()
 
     def prompt(self, ids: Ids) -> list[Float32]:
-        """Logits of the parts of a prompt."""
-        places = range(0, ids.size, _PART)
-        return [self.run(ids[place : place + _PART], place) for place in places]
+        """Logits of the parts of a prompt, from the text's start on."""
+        self._refuse_longer(ids.size)
+        chunk = self._model.chunk
+        places = range(0, ids.size, chunk)
+        return [self._model.run(ids[place : place + chunk], place) for place in places]
+
+    def token(self, token: int, position: int) -> Float32:
+        """Logits (1, vocabulary) of a token."""
+        self._refuse_longer(position + 1)
+        return self._model.run(np.array([token], np.int32), position)
 
     def refuse_overflow(self) -> None:
         """Raise ValidationFailed if a number did not fit float16."""
-        if self._interpreter is not None:
-            mil.refuse_overflow(self._interpreter.peaks)
+        for engine in self._model.engines:
+            engine.refuse_overflow()
 
-    def _inputs(self, ids: Ids, position: int) -> dict[str, Tensor]:
-        total = position + ids.size
-        ahead = torch.arange(position, total)[:, None] - torch.arange(total)
-        given = {IDS: torch.from_numpy(ids)[None]}
-        for name, window in ((FULL, self.context), (SLIDING, self._window)):
-            if name in self._engine.inputs:
-                seen = (ahead >= 0) & (ahead < window)
-                mask = torch.zeros(ahead.shape).masked_fill(~seen, _MASKED)
-                given[name] = mask.to(torch.float16)[None, None]
-        return given
+    def _refuse_longer(self, tokens: int) -> None:
+        if tokens > self.context:
+            raise BadInput(
+                f"a text of {tokens} tokens is too long",
+                f"the package is made for a context of {self.context} tokens",
+                "validate with shorter windows or prompts",
+            )
 
 
 def _logits(file: str, windows: list[list[int]], out: str, exact: bool) -> None:
-    ids, model = np.array(windows, np.int32), _Model(Path(file), exact)
+    ids, model = np.array(windows, np.int32), _Text(Path(file), exact)
     first = max(1, ids.shape[1] - _DECODED)
     with writer(Path(out), (*ids.shape, model.vocab_size)) as target:
         for index, window in worker.counted(enumerate(ids), len(ids)):
             model.reset()
             split = first if index == 0 else window.size
-            single = range(split, window.size)
             rows = model.prompt(window[:split])
-            rows += [model.run(window[place : place + 1], place) for place in single]
+            rows += [model.token(window[place], place) for place in range(split, window.size)]
             for part in rows:
                 target.write(np.ascontiguousarray(part).data)
     model.refuse_overflow()
 
 
 def _generate(file: str, prompts: list[list[int]], max_tokens: int) -> list[tuple[list[int], bool]]:
-    model = _Model(Path(file))
+    model = _Text(Path(file))
     found = [
         _greedy(model, np.array(prompt, np.int32), max_tokens)
         for prompt in worker.counted(prompts, len(prompts))
@@ -151,7 +245,7 @@ def _generate(file: str, prompts: list[list[int]], max_tokens: int) -> list[tupl
     return found
 
 
-def _greedy(model: _Model, prompt: Ids, max_tokens: int) -> tuple[list[int], bool]:
+def _greedy(model: _Text, prompt: Ids, max_tokens: int) -> tuple[list[int], bool]:
     model.reset()
     tokens: list[int] = []
     row = model.prompt(prompt)[-1][-1]
@@ -162,12 +256,12 @@ def _greedy(model: _Model, prompt: Ids, max_tokens: int) -> tuple[list[int], boo
         tokens.append(token)
         if len(tokens) == max_tokens or place >= model.context:
             break
-        row = model.run(np.array([token], np.int32), place)[-1]
+        row = model.token(token, place)[-1]
     return tokens, False
 
 
 def _memory(file: str) -> dict[str, Any]:
-    return coreml_memory.memory(Path(file), _PART).to_json()
+    return coreml_memory.memory(Path(file), coreml.PART).to_json()
 
 
 JOBS: dict[str, Any] = {"logits": _logits, "generate": _generate, "memory": _memory}

@@ -1,0 +1,34 @@
+"""What an iPhone needs to run the packages, and code that loads them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from string import Template
+
+from ...architectures import DecoderConfig
+from ...tokenizer.tokenizer import Tokenizer
+from ..coreml import device
+from .layout import CHUNK, package_name
+
+
+def packages_in(folder: Path) -> list[str]:
+    """Names of the packages in a folder, in the order in which they run."""
+    found = [package_name(0)]
+    while (folder / package_name(len(found))).is_dir():
+        found.append(package_name(len(found)))
+    return found
+
+
+def properties(
+    name: str, config: DecoderConfig, tokenizer: Tokenizer, context: int, digest: str, packages: int
+) -> dict[str, str]:
+    """What an app can read of each package, under names of its metadata."""
+    found = device.properties(name, config, tokenizer, context, digest)
+    return found | {"slimport.chunk": str(CHUNK), "slimport.packages": str(packages)}
+
+
+def readme(fields: Mapping[str, str]) -> str:
+    """The bundle's README.md; `fields` fill README.bundle.md."""
+    template = Template((Path(__file__).parent / "README.bundle.md").read_text(encoding="utf-8"))
+    return template.substitute(fields)
