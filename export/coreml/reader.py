@@ -144,7 +144,8 @@ class File:
     def _place(self, value: Any) -> Place:
         tensor = value.type.tensorType
         kind = self._types.Name(tensor.dataType)
-        shape = tuple(dimension.constant.size for dimension in tensor.dimensions)
+        sizes = (dimension.constant.size for dimension in tensor.dimensions)
+        shape = tuple(size for size in sizes if size != 1)
         if value.WhichOneof("value") == "blobFileValue":
             if value.blobFileValue.fileName != _FILE:
                 raise ValueError(f"a tensor lies in {value.blobFileValue.fileName}")
@@ -198,8 +199,8 @@ class File:
         self, weight: Weight, grid: PaletteGrid, codes: npt.NDArray[Any], bits: int, place: Place
     ) -> PaletteTensor:
         shape = (len(codes) // grid.group, grid.size)
-        if bits != grid.bits or place.shape[0] != shape[0]:
-            raise ValueError(f"{weight.name} has codes of {bits} bits and levels {place.shape}")
+        if bits != grid.bits:
+            raise ValueError(f"{weight.name} has codes of {bits} bits")
         levels = _as_shape(self.array(place), shape, weight.name).astype(np.float32)
         return PaletteTensor(grid, np.ascontiguousarray(codes.view(np.int8)), levels)
 
@@ -212,7 +213,7 @@ class File:
             levels = grid.levels or range(grid.low, grid.high + 1)
             found = self.array(places[2])
             wrong = found.ravel() != np.array(levels, np.float32)
-            if places[2].shape != (1, 1, len(levels), 1) or wrong.any():
+            if places[2].shape != (len(levels),) or wrong.any():
                 raise ValueError(f"{weight.name} has other levels than {grid.name}")
             codes = codes.astype(np.int8) + np.int8(grid.low)
         elif grid.levels is not None or places[0].kind not in ("INT4", "INT8"):
@@ -243,9 +244,7 @@ class File:
         wanted = np.zeros(found.shape, np.float32)
         if kind == "rope":
             rope, half = config.ropes[int(index)], name.endswith("sin")
-            length, width = found.shape[-2:]
-            if 2 * width != rope.rotated(config.head_dim):
-                raise ValueError(f"{name} has {width} columns")
+            length = 2 * found.size // rope.rotated(config.head_dim)
             wanted = turns(rope, config.head_dim, length)[half].reshape(found.shape)
         if not np.array_equal(found, wanted.astype(found.dtype)):
             raise ValueError(f"{name} has other numbers")
@@ -265,7 +264,10 @@ class File:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a tensor lies: in the weight file, or, without an offset, in the program itself."""
+    """Where a tensor lies: in the weight file, or, without an offset, in the program itself.
+
+    `shape` is without sizes of 1, which operations want in different places.
+    """
 
     kind: str
     shape: tuple[int, ...]
@@ -354,8 +356,8 @@ def _numbers(raw: npt.NDArray[np.uint8], known: _Type, count: int) -> npt.NDArra
 
 
 def _as_shape(found: npt.NDArray[Any], shape: Sequence[int], name: str) -> npt.NDArray[Any]:
-    """An array without the sizes of 1 that operations want it to have."""
-    if [size for size in found.shape if size != 1] != [size for size in shape if size != 1]:
+    """An array with the sizes of 1 that it has in the model."""
+    if found.shape != tuple(size for size in shape if size != 1):
         raise ValueError(f"{name} has shape {found.shape}, not {tuple(shape)}")
     return found.reshape(shape)
 
