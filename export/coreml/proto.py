@@ -18,6 +18,7 @@ from ...errors import DependencyMissing
 
 _PACKAGE = "slimport_coremltools_proto"  # of our own, so that coremltools is not half imported
 _BLOBS = "libmilstoragepython"
+_LOADED = f"coremltools.{_BLOBS}"  # where coremltools looks: it cannot be loaded twice
 
 
 @cache
@@ -45,6 +46,8 @@ def blob_library() -> Any:
     Raises:
         DependencyMissing: coremltools is not installed, or was built without it.
     """
+    if _LOADED in sys.modules:
+        return sys.modules[_LOADED]
     (path, *_) = [*_folder().glob(f"{_BLOBS}*.so"), None]
     if path is None:
         raise _missing(f"it has no {_BLOBS}: it was built for another system")
@@ -53,6 +56,7 @@ def blob_library() -> Any:
     assert spec is not None, "it was given its loader"
     module: ModuleType = importlib.util.module_from_spec(spec)
     loader.exec_module(module)
+    sys.modules[_LOADED] = module
     return module
 
 
