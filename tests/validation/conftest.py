@@ -159,7 +159,38 @@ class MilWriter:
     def returns(self, *names: str) -> None:
         self.block.outputs.extend(names)
 
+    def describe(self) -> None:
+        """Say of each function what its program says of inputs, states and outputs."""
+        program, description = self.model.mlProgram, self.model.description
+        del description.functions[:]
+        for name in sorted(program.functions):
+            told = description.functions.add(name=name)
+            block = program.functions[name].block_specializations["CoreML8"]
+            made = {out.name: out.type for op in block.operations for out in op.outputs}
+            for each in program.functions[name].inputs:
+                made[each.name] = each.type
+                if each.type.WhichOneof("type") == "stateType":
+                    array = told.state.add(name=each.name).type.stateType.arrayType
+                    self._feature(array, each.type.stateType.wrappedType.tensorType)
+                else:
+                    array = told.input.add(name=each.name).type.multiArrayType
+                    self._feature(array, each.type.tensorType)
+            for output in block.outputs:
+                array = told.output.add(name=output).type.multiArrayType
+                if output in made:
+                    self._feature(array, made[output].tensorType)
+
+    def _feature(self, array: Any, tensor: Any) -> None:
+        kinds = {"FLOAT16": 65552, "FLOAT32": 65568, "INT32": 131104}
+        array.dataType = kinds.get(messages("MIL").DataType.Name(tensor.dataType), 0)
+        sizes = [each.constant.size for each in tensor.dimensions]
+        array.shape.extend(size or 1 for size in sizes)
+        if 0 in sizes:
+            for size in sizes:
+                array.shapeRange.sizeRanges.add(lowerBound=size or 1, upperBound=size or -1)
+
     def save(self) -> Path:
+        self.describe()
         data = self.folder / "Data" / "com.apple.CoreML"
         (data / "weights").mkdir(parents=True, exist_ok=True)
         entry = {"author": "com.apple.CoreML", "path": "com.apple.CoreML/model.mlmodel"}

@@ -166,8 +166,7 @@ Oracle = Callable[[str, dict[str, Any]], list[np.ndarray[Any, Any]]]
 
 @pytest.fixture(scope="module")
 def coremltools() -> Any:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with warnings.catch_warnings(action="ignore"):
         import coremltools
 
         return coremltools
@@ -188,8 +187,7 @@ def infer(coremltools: Any) -> Oracle:
             return made
 
         target = coremltools.target.iOS18
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(action="ignore"):
             Builder.program(input_specs=[], opset_version=target)(program)
         assert all(each.dtype != object for each in found), "coremltools infers nothing"
         return found
@@ -228,6 +226,10 @@ def run(mil: Any, operation: str, arguments: dict[str, Any], made: list[Any]) ->
     for name, array in zip(names[1:], made[1:], strict=True):
         output = mil.block.operations[-1].outputs.add(name=name)
         mil._type(output.type.tensorType, kind_of(array), array.shape)
+    for index, array in enumerate(made):
+        if kind_of(array) not in ("FLOAT16", "FLOAT32", "INT32"):  # which no function returns
+            given = {"x": names[index], "dtype": np.array("int32")}
+            names[index] = mil.op("cast", f"whole{index}", "INT32", *array.shape, **given)
     mil.returns(*names)
     found = Interpreter(mil.save(), rounding="fp32").run(inputs)
     return [found[name].numpy() for name in names]
@@ -254,6 +256,69 @@ def test_operation_worked_by_hand(mil: Any, index: int) -> None:
     operation, arguments, expected = BY_HAND[index]
     (found,) = run(mil, operation, arguments, [expected])
     np.testing.assert_allclose(found, expected, rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("kind", ["INT4", "UINT4", "INT8"])
+@pytest.mark.parametrize("blocks", [(1, 1), (6, 1), (6, 4), (3, 2), (1, 4)])
+def test_scaled_codes_as_coremltools_computes_them(
+    mil: Any, coremltools: Any, kind: str, blocks: tuple[int, int]
+) -> None:
+    from coremltools.converters.mil.mil.ops.defs.iOS18 import constexpr_blockwise_shift_scale
+
+    low, high = {"INT4": (-8, 8), "UINT4": (0, 16), "INT8": (-128, 128)}[kind]
+    codes = RNG.integers(low, high, (6, 8)).astype(np.uint8 if kind == "UINT4" else np.int8)
+    scale = RNG.standard_normal(blocks).astype(np.float16)
+    offset = RNG.integers(low, high, blocks).astype(codes.dtype)
+    expected = constexpr_blockwise_shift_scale.decompress(codes, scale, offset)
+    packed = (codes.view(np.uint8) & 15).reshape(-1, 2) << np.array([0, 4], np.uint8)
+    content = codes.tobytes() if kind == "INT8" else packed.sum(1, dtype=np.uint8).tobytes()
+    mil.blob("codes", kind, content, 6, 8)
+    zeros = offset.reshape(-1).view(np.uint8) & (255 if kind == "INT8" else 15)
+    if kind != "INT8":
+        zeros = np.append(zeros, np.zeros(zeros.size % 2, np.uint8)).reshape(-1, 2)
+        zeros = (zeros << np.array([0, 4], np.uint8)).sum(1, dtype=np.uint8)
+    unused = 0 if kind == "INT8" else offset.size % 2 * 4
+    mil.blob("zeros", kind, zeros.tobytes(), *blocks, unused=unused)
+    parts = {"data": "codes", "scale": scale, "offset": "zeros"}
+    mil.op("constexpr_blockwise_shift_scale", "w", "FLOAT16", 6, 8, **parts)
+    mil.input("places", "INT32", 3)
+    mil.op("identity", "all", "FLOAT16", 6, 8, x="w")
+    mil.op("gather", "some", "FLOAT16", 3, 8, x="w", indices="places")
+    mil.returns("all", "some")
+    places = torch.tensor([5, 0, 3])
+    found = Interpreter(mil.save(), rounding="fp16").run({"places": places})
+    np.testing.assert_array_equal(found["all"].numpy(), expected.astype(np.float32))
+    assert torch.equal(found["some"], found["all"][places])
+    meant = Interpreter(mil.save(), rounding="fp32").run({"places": places})["all"]
+    exact = constexpr_blockwise_shift_scale.decompress(
+        codes.astype(np.float64), scale.astype(np.float64), offset.astype(np.float64)
+    )
+    np.testing.assert_array_equal(meant.numpy(), exact.astype(np.float32))
+
+
+@pytest.mark.parametrize("groups", [(1, 1), (6, 1), (3, 2), (1, 4)])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_tables_as_coremltools_reads_them(
+    mil: Any, coremltools: Any, groups: tuple[int, int], scaled: bool
+) -> None:
+    from coremltools.converters.mil.mil.ops.defs.iOS18 import constexpr_lut_to_dense
+
+    codes = RNG.integers(0, 4, (6, 8)).astype(np.uint8)
+    table = RNG.standard_normal((*groups, 4, 1)).astype(np.float16)
+    expected = constexpr_lut_to_dense.decompress(codes, table, None)
+    shifts = np.array([0, 2, 4, 6], np.uint8)
+    packed = (codes.reshape(-1, 4) << shifts).sum(1, dtype=np.uint8)
+    mil.blob("codes", "UINT2", packed.tobytes(), 6, 8)
+    mil.op("constexpr_lut_to_dense", "w", "FLOAT16", 6, 8, indices="codes", lut=table)
+    if scaled:
+        scale = RNG.standard_normal((6, 2)).astype(np.float16)
+        expected = expected * np.repeat(scale, 4, 1)
+        parts = {"data": "w", "scale": scale}
+        mil.op("constexpr_blockwise_shift_scale", "s", "FLOAT16", 6, 8, **parts)
+    mil.op("identity", "y", "FLOAT16", 6, 8, x="s" if scaled else "w")
+    mil.returns("y")
+    found = Interpreter(mil.save(), rounding="fp16").run({})["y"]
+    np.testing.assert_array_equal(found.numpy(), expected.astype(np.float32))
 
 
 def test_every_operation_is_tested() -> None:

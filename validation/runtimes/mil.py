@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ...errors import SlimportError, ValidationFailed
+from .mil_features import features
 from .mil_package import Package, Type, malformed, names_of, refused
 from .mil_program import build
 from .mil_step import HELD, Output, States, Step
@@ -85,6 +86,7 @@ class Interpreter:
         self._states = States() if states is None else states
         name = opened.functions[0] if function is None else function
         self._function = build(opened, name, self._states, room, self._half)
+        self._features = features(opened, name, self._function)
         self.inputs: dict[str, Type] = self._function.inputs
         self.outputs: dict[str, Type] = self._function.outputs
         self.states: dict[str, Type] = self._function.states
@@ -158,7 +160,8 @@ class Interpreter:
             given = inputs[name]
             held = given.to(HELD[kind])
             whole = not given.is_floating_point()
-            if not _fits(given, shape) or whole == held.is_floating_point():
+            admitted = self._features[name].admits(tuple(given.shape))
+            if not admitted or not _fits(given, shape) or whole == held.is_floating_point():
                 raise malformed(f"its input {name} is {self.inputs[name]}, and is given"
                                 f" {given.dtype} {tuple(given.shape)}")  # fmt: skip
             if whole and not torch.equal(held.to(given.dtype), given):
