@@ -236,6 +236,15 @@ def test_a_state_is_overwritten_where_it_lies_if_nobody_reads_what_it_was(
         assert second["twice"].tolist() == [[0, 0], [4, 20], [0, 0]]
 
 
+def test_an_update_that_is_not_written_back_leaves_the_state(mil: Any) -> None:
+    counting(mil, "main", 2)
+    del mil.block.operations[4:]  # write_state, and what reads behind it
+    mil.returns("main_new")
+    interpreter, x = Interpreter(mil.save(), rounding="fp16"), torch.tensor([1.0, 5.0])
+    assert interpreter.run({"x": x})["main_new"].tolist() == [[0, 0], [2, 10], [0, 0]]
+    assert not interpreter._states.tensors["kept"].any()
+
+
 def test_a_view_of_what_a_state_was_is_not_overwritten(mil: Any) -> None:
     counting(mil, "main", 2)
     position = len(mil.block.operations) - 4

@@ -61,8 +61,7 @@ def update_in_place(steps: Sequence[Step], results: Collection[int], memory: Seq
             for slot, where in enumerate(memory)
             if where == state and made.get(slot, 0) < index and last.get(slot, 0) > index
         ]
-        only = [slot for _, slot in step.uses].count(x) == 1 and last[x] == index
-        if written and only and not live:
+        if written and not live:
             step.function = mil_shapes.slice_update_in_place
 
 
