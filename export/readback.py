@@ -50,7 +50,7 @@ def compare_weights(
 
 def difference(name: str, found: Quantized, expected: Quantized | Float32) -> SlimportError:
     """Where two weights of different digests differ."""
-    for what in ("blocks", "codes", "scale"):
+    for what in ("blocks", "codes", "scale", "levels"):
         ours, theirs = getattr(found, what, None), getattr(expected, what, None)
         if ours is not None and theirs is not None and not np.array_equal(ours, theirs):
             return differs(name, what, ours, theirs)

@@ -13,6 +13,7 @@ import numpy as np
 from ..errors import BadInput
 from .ggml import BLOCKS, Type, UInt8, dequantize_rows, quantize_rows, row_bytes
 from .grid import GRIDS, Float32, Grid
+from .palette import PALETTE_GRIDS, PaletteGrid, PaletteTensor
 from .tensor import QuantizedTensor, start_digest
 
 
@@ -31,9 +32,9 @@ class BlockGrid:
         """Weights of one block."""
         return BLOCKS[self.type][0]
 
-    def fits(self, columns: int) -> bool:
-        """Whether rows of `columns` inputs divide into whole blocks."""
-        return columns % self.group == 0
+    def fits(self, shape: tuple[int, int]) -> bool:
+        """Whether the rows of a matrix of `shape` divide into whole blocks."""
+        return shape[1] % self.group == 0
 
     def bits_per_weight(self, columns: int) -> float:
         size, length = BLOCKS[self.type]
@@ -84,12 +85,12 @@ class BlockTensor:
         return digest.hexdigest()
 
 
-AnyGrid = Grid | BlockGrid
-Quantized = QuantizedTensor | BlockTensor
+AnyGrid = Grid | PaletteGrid | BlockGrid
+Quantized = QuantizedTensor | PaletteTensor | BlockTensor
 
 _FLOATS = (Type.F32, Type.F16, Type.BF16)
 BLOCK_GRIDS = {kind.name: BlockGrid(kind) for kind in Type if kind not in _FLOATS}
-ANY_GRIDS: dict[str, AnyGrid] = {**GRIDS, **BLOCK_GRIDS}
+ANY_GRIDS: dict[str, AnyGrid] = {**GRIDS, **PALETTE_GRIDS, **BLOCK_GRIDS}
 
 
 _LEAST = np.float32(1e-8)  # importance, of the largest

@@ -48,9 +48,9 @@ class Grid:
         """In which a scale is exact, as numpy writes it."""
         return "<f2" if self.levels is None else "<f4"
 
-    def fits(self, columns: int) -> bool:
-        """Whether rows of `columns` inputs divide into whole groups."""
-        return self.group is None or columns % self.group == 0
+    def fits(self, shape: tuple[int, int]) -> bool:
+        """Whether the rows of a matrix of `shape` divide into whole groups."""
+        return self.group is None or shape[1] % self.group == 0
 
     def groups(self, columns: int) -> int:
         """Scales per row."""

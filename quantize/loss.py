@@ -11,10 +11,11 @@ import numpy as np
 from .blocks import BlockGrid, BlockTensor, Quantized
 from .compiled import compiled
 from .grid import SCALE_CEILING, SCALE_FLOOR, Float32, Grid, Int8
-from .methods import kquants, rtn
+from .methods import kmeans, kquants, rtn
+from .palette import PaletteGrid, PaletteTensor
 
-# Rows whose largest weight lies outside may need scales of blocks that float16 rounds coarsely, or
-# does not reach.
+# Rows whose largest weight lies outside may need scales of blocks, or levels, that float16 rounds
+# coarsely, or does not reach.
 _ORDINARY = 2.0**-8, 2.0**16
 _LANES = 32
 
@@ -24,7 +25,7 @@ class Loss:
     """Sums of squares over some weights: of their errors, of themselves.
 
     Attributes:
-        added: the part of `error` that comes from the limits of scales.
+        added: the part of `error` that comes from the limits of scales and levels.
     """
 
     error: float
@@ -52,7 +53,13 @@ def measure(values: Float32, tensor: Quantized) -> Loss:
     """Of contiguous rows of a weight, float32 (rows, columns), and what became of them."""
     if isinstance(tensor, BlockTensor):
         error = _squared(values - tensor.dequantize())
-        return Loss(error, _squared(values), _added_to_odd_rows(values, tensor.grid))
+        added = _added_to_odd(values, lambda rows: _block_error(rows, tensor.grid))
+        return Loss(error, _squared(values), added)
+    if isinstance(tensor, PaletteTensor):
+        error, grid = _squared(values - tensor.dequantize()), tensor.grid
+        groups = values.reshape(len(tensor.levels), -1)
+        added = _added_to_odd(groups, lambda odd: _palette_error(odd, grid))
+        return Loss(error, _squared(values), added)
     if tensor.grid.levels is not None:
         return Loss(_squared(values - tensor.dequantize()), _squared(values), 0.0)
     scale = tensor.scale.reshape(-1)
@@ -73,14 +80,11 @@ def _added_by_limits(table: Float32, scale: Float32, grid: Grid) -> float:
     )
 
 
-def _added_to_odd_rows(values: Float32, grid: BlockGrid) -> float:
-    """The same for the ends of float16, in the scales of ggml's blocks."""
+def _added_to_odd(values: Float32, error: Callable[[Float32], float]) -> float:
+    """The same for the ends of float16, in scales of blocks and in levels, by rows of `values`."""
     peak = np.abs(values).max(1)
     least, most = _ORDINARY
-    return sum(
-        _added(values[odd], lambda rows: _block_error(rows, grid))
-        for odd in ((peak > 0) & (peak < least), peak > most)
-    )
+    return sum(_added(values[odd], error) for odd in ((peak > 0) & (peak < least), peak > most))
 
 
 def _added(values: Float32, error: Callable[[Float32], float]) -> float:
@@ -95,6 +99,12 @@ def _added(values: Float32, error: Callable[[Float32], float]) -> float:
 def _block_error(values: Float32, grid: BlockGrid) -> float:
     alike = np.ones(values.shape[1], np.float32)
     return _squared(values - kquants.round_blocks(values, grid, alike).dequantize())
+
+
+def _palette_error(groups: Float32, grid: PaletteGrid) -> float:
+    """Of k-means; a row of `groups` is a row group."""
+    weight = groups.reshape(len(groups) * grid.group, -1)
+    return _squared(weight - kmeans.solve(weight, grid).dequantize())
 
 
 def _rtn_error(table: Float32, grid: Grid) -> float:

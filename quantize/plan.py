@@ -17,11 +17,13 @@ from .codes import CODES
 from .ggml import NEEDS_IMPORTANCE, Type
 from .grid import GRIDS, INT2_G64, INT4_G32, INT4_G32_SIGNED, INT8_ROW, NF4_G64, Grid
 from .mixes import MIXES, held_type, wanted_type
+from .palette import LUT4_R16, LUT6_R16, PALETTE_GRIDS, PaletteGrid
 
 FLOAT = "float16"  # as a pattern's value: the weight stays float
 # rtn-absmax: rtn without the search for a scale. imatrix: ggml's kernels with an importance matrix,
-# tables without one, as llama-quantize does it.
-METHODS = ("rtn", "rtn-absmax", "gptq", "imatrix")
+# tables without one, as llama-quantize does it; of a palettized grid k-means weighed by it. kmeans:
+# of a palettized grid, without weights.
+METHODS = ("rtn", "rtn-absmax", "gptq", "imatrix", "kmeans")
 _INSTEAD = "instead of"
 _NO_PATTERNS: Mapping[str, str] = MappingProxyType({})
 
@@ -33,7 +35,7 @@ class Preset:
     `promoted`: the grid of the Linears that `_is_promoted` names; None: they are like the others.
     """
 
-    linears: Grid
+    linears: Grid | PaletteGrid
     tables: Grid
     promoted: Grid | None = None
 
@@ -45,6 +47,8 @@ PRESETS = {
     "int8": Preset(INT8_ROW, INT8_ROW),
     "int2": Preset(INT2_G64, INT8_ROW),
     "nf4": Preset(NF4_G64, INT8_ROW),
+    "lut4": Preset(LUT4_R16, INT8_ROW),
+    "lut6": Preset(LUT6_R16, INT8_ROW),
     "mixed": Preset(INT4_G32, INT8_ROW, promoted=INT8_ROW),
 }
 
@@ -151,7 +155,8 @@ def make_plan(
         preset: a key of PRESETS, or one of llama.cpp's mixes.
         method: one of METHODS. Tables use rtn in place of gptq: a table is looked up too, and
             calibrating it as a head makes its lookups worse. Linears of a ggml type whose codes
-            gptq cannot choose use imatrix in its place; grids with a codebook use rtn-absmax.
+            gptq cannot choose use imatrix in its place; grids with a codebook use rtn-absmax;
+            palettized grids kmeans in place of rtn.
         patterns: shell-style pattern on the weight name -> grid name or "float16"; where several
             match, the last one decides.
 
@@ -202,14 +207,15 @@ def _choose(
         grid, reason = _of_mix(preset, weight, config, weighted=method in ("gptq", "imatrix"))
     if grid is None:
         return Choice(weight, None, "", f"{reason}: stays {FLOAT}")
-    columns = weight.shape[1]
-    if not grid.fits(columns):
-        why = f"rows of {columns} do not divide into groups of {grid.group}"
+    rows, columns = weight.shape
+    if not grid.fits((rows, columns)):
+        what = f"{rows} rows" if isinstance(grid, PaletteGrid) else f"rows of {columns}"
+        why = f"{what} do not divide into groups of {grid.group}"
         return Choice(weight, None, "", f"{why}: stays {FLOAT}")
     return Choice(weight, grid, _method(weight, grid, method), reason)
 
 
-def _of_preset(name: str, weight: Weight, config: DecoderConfig) -> tuple[Grid, str]:
+def _of_preset(name: str, weight: Weight, config: DecoderConfig) -> tuple[Grid | PaletteGrid, str]:
     preset, reason = PRESETS[name], f"preset {name}"
     if preset.promoted and _is_promoted(weight, config.layers):
         return preset.promoted, f"{reason}: promoted"
@@ -243,11 +249,22 @@ def _of_mix(
 
 def _method(weight: Weight, grid: AnyGrid, method: str) -> str:
     """`method`, or what takes its place for this weight."""
-    if not isinstance(grid, BlockGrid):
+    if isinstance(grid, PaletteGrid):
+        return _method_of_palette(weight, grid, method)
+    if method == "kmeans":
+        if not weight.is_table:
+            raise UsageError(
+                f"{weight.name}: {grid.name} does not take method kmeans",
+                "it finds the levels of palettized grids, and those of others are what they are",
+                f"give one of {', '.join(PALETTE_GRIDS)}, or choose --method gptq",
+            )
+        method = "rtn"
+    if isinstance(grid, Grid):
         if method == "imatrix" and not weight.is_table:
             raise UsageError(
                 f"{weight.name}: {grid.name} does not take method imatrix",
-                "an importance matrix is for ggml's kernels, and they write ggml's types only",
+                "an importance matrix is for ggml's kernels, which write ggml's types only, and for"
+                " k-means",
                 "give a ggml type such as --preset Q4_K_M, or choose --method gptq",
             )
         if grid.levels is not None:  # its scales are what they are
@@ -272,14 +289,25 @@ def _method(weight: Weight, grid: AnyGrid, method: str) -> str:
     return method
 
 
+def _method_of_palette(weight: Weight, grid: PaletteGrid, method: str) -> str:
+    if method == "rtn-absmax":
+        raise UsageError(
+            f"{weight.name}: {grid.name} does not take rtn without its search",
+            "its levels are found by k-means, and there are none to begin with",
+            "choose --method kmeans",
+        )
+    calibrated = method in ("gptq", "imatrix") and not weight.is_table
+    return method if calibrated else "kmeans"
+
+
 def _grid(pattern: str, name: str) -> AnyGrid | None:
     if name == FLOAT:
         return None
     if name not in ANY_GRIDS:
         raise UsageError(
             f"grid {name!r} of pattern {pattern!r} is not known",
-            f"the grids are {', '.join(GRIDS)}, ggml's {', '.join(BLOCK_GRIDS)}, or {FLOAT} to"
-            " leave a weight as it is",
+            f"the grids are {', '.join([*GRIDS, *PALETTE_GRIDS])}, ggml's"
+            f" {', '.join(BLOCK_GRIDS)}, or {FLOAT} to leave a weight as it is",
             "choose one of them",
         )
     return ANY_GRIDS[name]
@@ -288,7 +316,9 @@ def _grid(pattern: str, name: str) -> AnyGrid | None:
 def _read(weight: Weight, entry: Mapping[str, Any]) -> Choice:
     name, method = entry["grid"], str(entry["method"])
     grid = None if name is None else ANY_GRIDS[name]
-    if grid is not None and not (weight.is_matrix and grid.fits(weight.shape[1])):
+    if grid is not None and not (
+        weight.is_matrix and grid.fits((weight.shape[0], weight.shape[1]))
+    ):
         raise ValueError(f"{weight.name} of shape {weight.shape} cannot be on {name}")
     if method not in (METHODS if grid else ("",)):
         raise ValueError(f"{weight.name} has grid {name} and method {method!r}")

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -30,8 +30,9 @@ from .floats import half
 from .grid import SCALE_CEILING, Float32, Grid, Int8
 from .imatrix import Imatrix
 from .loss import NOTHING, Loss
-from .methods import codebook, kquants, rtn
-from .packing import UInt8, pack
+from .methods import codebook, kmeans, kquants, rtn
+from .packing import UInt8, pack, pack_unsigned
+from .palette import LARGEST_LEVEL, LEVEL_DTYPE, PaletteGrid, PaletteTensor
 from .plan import FLOAT, Choice, Plan
 from .store import Origin, QuantizedCheckpoint, Record
 from .tensor import QuantizedTensor, start_digest
@@ -131,10 +132,8 @@ def _restored(tensors: Iterable[tuple[str, Quantized | Float32]]) -> Iterator[_B
         if isinstance(tensor, BlockTensor):
             blocks = np.ascontiguousarray(tensor.blocks)
             yield _Block(name, math.prod(tensor.shape), blocks, blocks)
-        elif isinstance(tensor, QuantizedTensor):
-            codes = np.ascontiguousarray(tensor.codes)
-            packed = pack(codes, tensor.grid.bits)
-            yield _Block(name, codes.size, codes, packed, tensor.scale)
+        elif isinstance(tensor, QuantizedTensor | PaletteTensor):
+            yield _coded_block(name, tensor)
         else:
             values = np.ascontiguousarray(tensor, "<f4")
             yield _Block(name, values.size, values, values)
@@ -153,7 +152,7 @@ class _Block:
         weights: how many.
         values: int8 codes, ggml's blocks, or float32 values of a weight without a grid.
         stored: the same as they are written.
-        scale: of codes.
+        scale: of codes, or their levels.
         lost: by rounding.
     """
 
@@ -216,7 +215,7 @@ def _by_layers(
                 if choice.method == "gptq":
                     tensor = gptq.solve(values, grid, *statistics[name])
                 elif not isinstance(grid, BlockGrid):
-                    tensor = _rounded(values, choice, None)
+                    tensor = _rounded(values, choice, statistics[name].hessian.diagonal())
                 else:
                     diagonal = np.ascontiguousarray(statistics[name].hessian.diagonal())
                     tensor = _in_parts(values, choice, diagonal, pool)
@@ -242,6 +241,8 @@ def _by_rows(
     for choice in choices:
         rows, *rest = choice.weight.shape
         step = max(1, _BLOCK // math.prod(rest))
+        if isinstance(choice.grid, PaletteGrid):  # whole groups
+            step += -step % choice.grid.group
         weighed = importance.get(choice.weight.name)
         for start in range(0, rows, step):
             waiting.append(pool.submit(_solve_rows, weights, choice, weighed, start, start + step))
@@ -267,7 +268,9 @@ def _solve_rows(
 def _rounded(values: Float32, choice: Choice, importance: Float32 | None) -> Quantized:
     """By a method that knows nothing of other rows."""
     assert choice.grid is not None
-    if not isinstance(choice.grid, BlockGrid):
+    if isinstance(choice.grid, PaletteGrid):
+        return kmeans.solve(values, choice.grid, importance if choice.method == "imatrix" else None)
+    if isinstance(choice.grid, Grid):
         if choice.grid.levels is not None:
             return codebook.solve(values, choice.grid)
         return rtn.solve(values, choice.grid, search=choice.method != "rtn-absmax")
@@ -280,8 +283,14 @@ def _quantized_block(name: str, values: Float32, tensor: Quantized) -> _Block:
     lost = loss.measure(np.ascontiguousarray(values), tensor)
     if isinstance(tensor, BlockTensor):
         return _Block(name, values.size, tensor.blocks, tensor.blocks, None, lost)
-    stored = pack(tensor.codes, tensor.grid.bits)
-    return _Block(name, values.size, tensor.codes, stored, tensor.scale, lost)
+    return replace(_coded_block(name, tensor), lost=lost)
+
+
+def _coded_block(name: str, tensor: QuantizedTensor | PaletteTensor) -> _Block:
+    codes, bits = np.ascontiguousarray(tensor.codes), tensor.grid.bits
+    if isinstance(tensor, PaletteTensor):
+        return _Block(name, codes.size, codes, pack_unsigned(codes, bits), tensor.levels)
+    return _Block(name, codes.size, codes, pack(codes, bits), tensor.scale)
 
 
 def _write(
@@ -324,15 +333,17 @@ def _write_weight(choice: Choice, blocks: Iterable[_Block], append: store.Append
             scales.append(block.scale)
     if grid is None:
         return Record(digest.hexdigest())
-    if isinstance(grid, Grid):
+    if not isinstance(grid, BlockGrid):
         scale = np.concatenate(scales)
-        append(scale.astype(grid.scale_dtype).data)
+        dtype = LEVEL_DTYPE if isinstance(grid, PaletteGrid) else grid.scale_dtype
+        append(scale.astype(dtype).data)
         digest.update(scale.astype("<f4").data)
     record = Record(digest.hexdigest(), lost.relative, lost.relative - lost.without_limits)
-    return _checked(weight.name, record)
+    return _checked(choice, record)
 
 
-def _checked(name: str, record: Record) -> Record:
+def _checked(choice: Choice, record: Record) -> Record:
+    name = choice.weight.name
     if not math.isfinite(record.error):
         raise Unsupported(
             f"{name}: rounding made weights of it that are no numbers",
@@ -341,9 +352,11 @@ def _checked(name: str, record: Record) -> Record:
         )
     if record.added <= _ADDED_LIMIT:
         return record
+    what, ends = "scales", f"2^-17 to {SCALE_CEILING:.0f}"
+    if isinstance(choice.grid, PaletteGrid):
+        what, ends = "levels", f"2^-14 to {LARGEST_LEVEL:.0f}, where float16 has all its bits"
     raise Unsupported(
-        f"{name}: float16 holds no such scales as it needs",
-        f"they lie outside of 2^-17 to {SCALE_CEILING:.0f}; the nearest ones add"
-        f" {record.added:.1%} relative error",
+        f"{name}: float16 holds no such {what} as it needs",
+        f"they lie outside of {ends}; the nearest ones add {record.added:.1%} relative error",
         f'rescale the weight in training, or leave it as it is: "{name}" = "{FLOAT}"',
     )

@@ -2,7 +2,8 @@
 
 A shard per decoder layer, `model-00001-of-00024.safetensors`; in it `<weight>.codes` (packing.py)
 and `<weight>.scale` (float16, exact: a scale has 8 significant bits; float32 where the grid has
-levels), or `<weight>.blocks` of a ggml type, and float weights as float32 under their own names.
+levels), of a palettized grid codes without a sign and `<weight>.levels` (float16, exact), or
+`<weight>.blocks` of a ggml type, and float weights as float32 under their own names.
 Config, tokenizer and licence files lie beside them.
 """
 
@@ -28,7 +29,8 @@ from ..checkpoint import LICENSES, TOKENIZER_FILES, read_json
 from ..errors import BadInput, EnvironmentFailed, UsageError
 from .blocks import BlockGrid, BlockTensor, Quantized
 from .grid import Float32
-from .packing import row_bytes, unpack
+from .packing import row_bytes, unpack, unpack_unsigned
+from .palette import PaletteGrid, PaletteTensor
 from .plan import Choice, Plan
 from .tensor import QuantizedTensor, start_digest, weights_digest
 
@@ -155,13 +157,18 @@ class QuantizedCheckpoint:
         return self.plan[name].weight.shape
 
     def load(self, name: str) -> Quantized | Float32:
-        """One weight: codes and scales, ggml's blocks, or float32 values where it has no grid."""
-        return self._read(name, 0, None)
+        """One weight, quantized, or float32 values where it has no grid."""
+        return self._read(name, 0, self.plan[name].weight.shape[0])
 
     def rows(self, name: str, start: int = 0, stop: int | None = None) -> Float32:
         """Rows [start:stop) of a weight, dequantized: float32."""
-        block = self._read(name, start, stop)
-        return block if isinstance(block, np.ndarray) else block.dequantize()
+        choice = self.plan[name]
+        first, last, _ = slice(start, stop).indices(choice.weight.shape[0])
+        share = choice.grid.group if isinstance(choice.grid, PaletteGrid) else 1
+        begin = first // share * share
+        block = self._read(name, begin, -(-last // share) * share)
+        values = block if isinstance(block, np.ndarray) else block.dequantize()
+        return values if share == 1 else values[first - begin : last - begin]
 
     def verify(self) -> None:
         """Hash every weight.
@@ -182,9 +189,10 @@ class QuantizedCheckpoint:
         chosen = (c.weight.name for c in self.plan.choices if (c.grid is not None) == quantized)
         return {name: self.records[name].digest for name in chosen}
 
-    def _read(self, name: str, start: int, stop: int | None) -> Quantized | Float32:
+    def _read(self, name: str, start: int, stop: int) -> Quantized | Float32:
+        """Rows [start:stop); whole groups of a palettized grid."""
         choice = self.plan[name]
-        rows = slice(*slice(start, stop).indices(choice.weight.shape[0])[:2])
+        rows = slice(start, stop)
         try:
             with safe_open(self.files[name], "numpy") as file:
                 if choice.grid is None:
@@ -194,6 +202,11 @@ class QuantizedCheckpoint:
                     blocks = file.get_slice(f"{name}.blocks")[rows]
                     return BlockTensor(choice.grid, blocks)
                 packed = file.get_slice(f"{name}.codes")[rows]
+                if isinstance(choice.grid, PaletteGrid):
+                    groups = slice(start // choice.grid.group, stop // choice.grid.group)
+                    levels = file.get_slice(f"{name}.levels")[groups].astype(np.float32)
+                    codes = unpack_unsigned(packed, choice.grid.bits, choice.weight.shape[1])
+                    return PaletteTensor(choice.grid, codes, levels)
                 scale = file.get_slice(f"{name}.scale")[rows]
         except (SafetensorError, OSError) as error:
             raise _malformed(self.folder, f"{name} cannot be read: {error}") from error
@@ -260,7 +273,8 @@ def writing(folder: Path) -> Iterator[None]:
 def open_shard(folder: Path, index: int, count: int, shard: Shard) -> Iterator[Append]:
     """Shard `index` (from 0) of `count`, its header written; yields a function that appends.
 
-    Append, weight by weight, the packed codes and then the scales, the blocks, or the float values.
+    Append, weight by weight, the packed codes and then the scales or levels, the blocks, or the
+    float values.
     """
     path = folder / f"model-{index + 1:05d}-of-{count:05d}.safetensors"
     with writing(folder):
@@ -335,10 +349,11 @@ def _tensors(choice: Choice) -> dict[str, tuple[str, list[int]]]:
     rows, columns = weight.shape
     if isinstance(grid, BlockGrid):
         return {f"{weight.name}.blocks": ("U8", [rows, grid.bytes_of((1, columns))])}
-    return {
-        f"{weight.name}.codes": ("U8", [rows, row_bytes(columns, grid.bits)]),
-        f"{weight.name}.scale": (_SCALES[grid.scale_dtype], [rows, grid.groups(columns)]),
-    }
+    codes = {f"{weight.name}.codes": ("U8", [rows, row_bytes(columns, grid.bits)])}
+    if isinstance(grid, PaletteGrid):
+        return codes | {f"{weight.name}.levels": ("F16", [rows // grid.group, grid.size])}
+    scale = (_SCALES[grid.scale_dtype], [rows, grid.groups(columns)])
+    return codes | {f"{weight.name}.scale": scale}
 
 
 def _check_shards(folder: Path, plan: Plan) -> Mapping[str, Path]:

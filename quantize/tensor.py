@@ -35,7 +35,7 @@ class QuantizedTensor:
         wanted = (rows, self.grid.groups(columns))
         if self.codes.dtype != np.int8 or self.scale.dtype != np.float32:
             raise _inconsistent(f"codes are {self.codes.dtype}, scales {self.scale.dtype}")
-        if not self.grid.fits(columns) or self.scale.shape != wanted:
+        if not self.grid.fits(self.shape) or self.scale.shape != wanted:
             raise _inconsistent(
                 f"codes {self.codes.shape} on {self.grid.name} need scales {wanted},"
                 f" not {self.scale.shape}"

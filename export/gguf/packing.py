@@ -83,6 +83,7 @@ def packed_rows(tensor: Quantized, order: Index | None = None, threads: int = 2)
         taken = part if order is None else order[part]
         if isinstance(tensor, BlockTensor):
             return np.ascontiguousarray(tensor.blocks[taken])
+        assert isinstance(tensor, QuantizedTensor), "layout refuses palettized grids"
         return pack(QuantizedTensor(tensor.grid, tensor.codes[taken], tensor.scale[taken]))
 
     with ThreadPoolExecutor(threads) as pool:

@@ -144,7 +144,7 @@ def matched(file: GGUF, config: DecoderConfig) -> list[tuple[Weight, Stored]]:
 
 def unpack(
     path: Path, stored: Stored, weight: Weight, config: DecoderConfig, grid: str | None
-) -> Quantized | Float32:
+) -> QuantizedTensor | BlockTensor | Float32:
     """One tensor in source row order: on its grid, or float32 where `grid` is None.
 
     A norm is as it stands in the file, with the family's offset in it.

@@ -1,1 +1,1 @@
-"""One file per method, each with `solve(weight, grid, ...) -> QuantizedTensor`."""
+"""One file per method, each with `solve(weight, grid, ...) -> Quantized`."""

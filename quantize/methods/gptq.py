@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -17,19 +18,21 @@ import torch
 from torch import Tensor
 
 from ...errors import BadInput
-from ..blocks import AnyGrid, BlockGrid, Quantized
+from ..blocks import AnyGrid, BlockGrid, BlockTensor, Quantized
 from ..codes import CODES
 from ..compiled import compiled
 from ..grid import Float32, Int8
+from ..palette import PaletteGrid, PaletteTensor
 from ..recode import low_and_step, replace_codes
 from ..tensor import QuantizedTensor
-from . import kquants, rtn
+from . import kmeans, kquants, rtn
 
 _DAMPINGS = (0.01, 0.1, 1.0)  # of the mean diagonal; the next one only if the factor fails
 _GIVEN_BACK = np.float32(0.5)  # of the drift; all of it fits the calibration text too closely
 _BLOCK = 128  # columns between two updates by matrix product
 
 Indices = npt.NDArray[np.int64]
+Vector = npt.NDArray[np.float32]
 
 
 def solve(
@@ -40,7 +43,8 @@ def solve(
     Args:
         weight: float32 (rows, columns), finite.
         grid: its scales are those of RTN's search, with the Hessian's diagonal as importance for a
-            ggml type; of these all in `codes.CODES`.
+            ggml type; of these all in `codes.CODES`. Palettized, its levels are those of k-means,
+            with that importance.
         hessian: float32 (columns, columns), mean of x x^T over inputs x. A column that was never
             active (zero on the diagonal) keeps its RTN codes.
         drift: float32 (rows, columns), mean of d x^T; d is what earlier errors took from the
@@ -66,17 +70,30 @@ def solve(
     rounded = _rounded(weight, grid, importance)
     factor /= factor.diagonal()[:, None].clone()
     codes = _feedback(weight[:, order], _levels(rounded, order), factor.mT)
-    if isinstance(rounded, QuantizedTensor):
-        rounded.codes[:, order] = codes
-        return rounded
-    return replace_codes(rounded, codes.view(np.uint8), order)
+    if isinstance(rounded, BlockTensor):
+        return replace_codes(rounded, codes.view(np.uint8), order)
+    rounded.codes[:, order] = codes
+    return rounded
 
 
 def _rounded(weight: Float32, grid: AnyGrid, importance: Float32 | None) -> Quantized:
-    """Scales, and the codes of columns that are not chosen here."""
+    """Scales or levels, and the codes of columns that are not chosen here."""
     if isinstance(grid, BlockGrid):
         return kquants.round_blocks(weight, grid, importance)
+    if isinstance(grid, PaletteGrid):
+        return _by_kmeans(weight, grid, importance)
     return rtn.solve(weight, grid, importance=importance)
+
+
+def _by_kmeans(weight: Float32, grid: PaletteGrid, importance: Float32 | None) -> PaletteTensor:
+    """Some row groups in each thread."""
+    solve = partial(kmeans.solve, grid=grid, importance=importance)
+    ends = [grid.group * edge for edge in _edges(len(weight) // grid.group)]
+    rows = [weight[start:stop] for start, stop in pairwise(ends) if start < stop]
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        parts = list(pool.map(solve, rows))
+    codes, levels = ([getattr(part, name) for part in parts] for name in ("codes", "levels"))
+    return PaletteTensor(grid, np.concatenate(codes), np.concatenate(levels))
 
 
 class _Levels(NamedTuple):
@@ -86,8 +103,9 @@ class _Levels(NamedTuple):
         low, step: float32 (rows, groups).
         groups: int64 (columns,), the group of each column.
         first, last: the smallest and the largest code.
-        between: float32, the levels' midpoints; empty: a code is its level.
-        levels: float32, the level of each code; empty likewise.
+        levels: float32 (sets, codes), the level of each code; without codes: a code is its level.
+        between: float32 (sets, codes - 1), the levels' midpoints; empty likewise.
+        share: consecutive rows that have one set of levels.
     """
 
     low: Float32
@@ -97,20 +115,26 @@ class _Levels(NamedTuple):
     last: np.float32
     levels: Float32
     between: Float32
+    share: int
 
 
 def _levels(rounded: Quantized, order: Indices) -> _Levels:
-    nothing = np.empty(0, np.float32)
+    rows, nothing = rounded.shape[0], np.empty((1, 0), np.float32)
+    if isinstance(rounded, PaletteTensor):
+        zero, levels = np.zeros((rows, 1), np.float32), rounded.levels
+        ends = np.float32(0), np.float32(rounded.grid.size - 1)
+        own = levels, kmeans.midpoints(levels)
+        return _Levels(zero, zero + 1, np.zeros_like(order), *ends, *own, rounded.grid.group)
     if isinstance(rounded, QuantizedTensor):
         grid, scale = rounded.grid, rounded.scale
         groups = order // grid.group if grid.group else np.zeros_like(order)
         ends = np.float32(grid.low), np.float32(grid.high)
-        return _Levels(np.zeros_like(scale), scale, groups, *ends, nothing, nothing)
+        return _Levels(np.zeros_like(scale), scale, groups, *ends, nothing, nothing, rows)
     known = CODES[rounded.grid.type]
-    levels = nothing if known.even else known.levels
+    levels = nothing if known.even else known.levels[None]
     ends = np.float32(0), np.float32(len(known.levels) - 1)
-    between = (levels[1:] + levels[:-1]) / np.float32(2)
-    return _Levels(*low_and_step(rounded), order // known.group, *ends, levels, between)
+    own = levels, kmeans.midpoints(levels)
+    return _Levels(*low_and_step(rounded), order // known.group, *ends, *own, rows)
 
 
 def _factor(hessian: Float32, order: Indices) -> Tensor:
@@ -164,8 +188,13 @@ def _feedback(weight: Float32, levels: _Levels, factor: Tensor) -> Int8:
 
 def _parts(rows: int) -> tuple[list[int], list[int]]:
     """First rows and last rows + 1, one part for every thread."""
-    edges = np.linspace(0, rows, torch.get_num_threads() + 1).astype(int).tolist()
+    edges = _edges(rows)
     return edges[:-1], edges[1:]
+
+
+def _edges(count: int) -> list[int]:
+    edges: list[int] = np.linspace(0, count, torch.get_num_threads() + 1).astype(int).tolist()
+    return edges
 
 
 @compiled
@@ -181,11 +210,12 @@ def _choose(
 ) -> None:
     """Codes and errors of rows start .. stop - 1 in one block of columns, last column first."""
     for row in range(start, stop):
+        own, between = levels.levels[row // levels.share], levels.between[row // levels.share]
         for j in range(weight.shape[1] - 1, -1, -1):
             group = levels.groups[j]
             low, step = levels.low[row, group], levels.step[row, group]
-            code = _nearest(target[row, j] - low, step, levels)
-            level = levels.levels[int(code)] if levels.levels.size else code
+            code = _nearest(target[row, j] - low, step, levels.first, levels.last, between)
+            level = own[int(code)] if own.size else code
             error = weight[row, j] - (low + level * step)
             codes[row, j] = np.int8(code)
             errors[row, j] = error
@@ -194,16 +224,18 @@ def _choose(
 
 
 @compiled
-def _nearest(value: np.float32, step: np.float32, levels: _Levels) -> np.float32:
+def _nearest(
+    value: np.float32, step: np.float32, first: np.float32, last: np.float32, between: Vector
+) -> np.float32:
     """The code whose level times `step` is nearest to `value`; the first where all are equal."""
     if step == 0:
-        return levels.first
+        return first
     wanted = value / step
-    if levels.between.size:
-        return np.float32(np.searchsorted(levels.between, wanted))
+    if between.size:
+        return np.float32(np.searchsorted(between, wanted))
     code = np.rint(wanted)
-    code = levels.first if code < levels.first else code
-    return levels.last if code > levels.last else code
+    code = first if code < first else code
+    return last if code > last else code
 
 
 def _unusable(why: str) -> BadInput:

@@ -67,7 +67,7 @@ def test_what_is_no_row_of_blocks_is_refused() -> None:
             BlockTensor(BlockGrid(Type.Q4_K), array)
     with pytest.raises(Unsupported, match="row of 100 weights cannot be Q4_K"):
         blocks.solve(weight(2, 100), BlockGrid(Type.Q4_K))
-    assert not BlockGrid(Type.Q4_K).fits(576) and BlockGrid(Type.Q8_0).fits(576)
+    assert not BlockGrid(Type.Q4_K).fits((256, 576)) and BlockGrid(Type.Q8_0).fits((1, 576))
 
 
 def test_every_type_but_floats_is_a_grid() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 import pytest
+import torch
 
 from slimport.errors import BadInput
 from slimport.quantize import blocks
@@ -12,12 +13,14 @@ from slimport.quantize.blocks import BlockGrid, BlockTensor, Quantized
 from slimport.quantize.codes import CODES
 from slimport.quantize.ggml import Type
 from slimport.quantize.grid import GRIDS, INT4_G32, INT8_G32, INT8_ROW, Float32, Grid, round_scale
-from slimport.quantize.methods import gptq, kquants, rtn
+from slimport.quantize.methods import gptq, kmeans, kquants, rtn
+from slimport.quantize.palette import PALETTE_GRIDS, PaletteGrid, PaletteTensor
 from slimport.quantize.recode import low_and_step
 
 Float64 = npt.NDArray[np.float64]
 
 
+PALETTES = pytest.mark.parametrize("grid", PALETTE_GRIDS.values(), ids=PALETTE_GRIDS)
 STEPS = {name: grid for name, grid in GRIDS.items() if grid.levels is None}  # without a codebook
 
 
@@ -69,6 +72,57 @@ def test_codes_are_those_of_the_textbook(grid: Grid) -> None:
     levels = step[..., None] * np.arange(grid.low, grid.high + 1)
     expected = textbook(weight, levels, hessian) + grid.low
     assert (quantized.codes == expected).mean() > 0.999
+
+
+@PALETTES
+def test_codes_of_palettes_are_those_of_the_textbook(grid: PaletteGrid) -> None:
+    weight, hessian = problem(48, 320)
+    quantized = gptq.solve(weight, grid, hessian)
+    assert isinstance(quantized, PaletteTensor)
+    levels = np.repeat(quantized.levels.astype(np.float64), 16, 0)[:, None]
+    expected = textbook(weight, np.broadcast_to(levels, (48, 320, grid.size)), hessian)
+    assert (quantized.codes == expected).mean() > 0.999
+
+
+@PALETTES
+def test_outputs_change_less_than_with_kmeans(grid: PaletteGrid) -> None:
+    weight, hessian = problem(48, 320)
+    quantized = gptq.solve(weight, grid, hessian)
+    alone = kmeans.solve(weight, grid, hessian.diagonal())
+    assert isinstance(quantized, PaletteTensor)
+    np.testing.assert_array_equal(quantized.levels, alone.levels)
+    found = output_error(quantized, weight, hessian)
+    assert found < 0.5 * output_error(alone, weight, hessian)
+    assert found < 0.5 * output_error(kmeans.solve(weight, grid), weight, hessian)
+
+
+@PALETTES
+def test_dead_columns_of_palettes_keep_their_nearest_levels(grid: PaletteGrid) -> None:
+    weight, hessian = problem(32, 160)
+    dead = np.array([0, 31, 100, 159])
+    hessian[dead] = hessian[:, dead] = 0
+    quantized = gptq.solve(weight, grid, hessian)
+    assert isinstance(quantized, PaletteTensor)
+    expected = kmeans.encode(weight, quantized.levels)
+    np.testing.assert_array_equal(quantized.codes[:, dead], expected[:, dead])
+    assert (quantized.codes != expected).any()
+    nothing = gptq.solve(weight, grid, np.zeros_like(hessian))
+    assert nothing.digest("w") == kmeans.solve(weight, grid).digest("w")
+
+
+@PALETTES
+@pytest.mark.parametrize("rows", [16, 32, 112])
+def test_threads_do_not_change_palettes(grid: PaletteGrid, rows: int) -> None:
+    weight, hessian = problem(rows, 96)
+    weight[:16] = 0
+    before, digests = torch.get_num_threads(), set()
+    for threads in (1, 3, 4):
+        torch.set_num_threads(threads)
+        quantized = gptq.solve(weight, grid, hessian)
+        digests.add(quantized.digest("w"))
+        assert not quantized.dequantize()[:16].any()
+    torch.set_num_threads(before)
+    assert len(digests) == 1
 
 
 @pytest.mark.parametrize("grid", STEPS.values(), ids=STEPS)

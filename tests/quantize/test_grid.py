@@ -60,8 +60,8 @@ def test_sizes():
 
 
 def test_what_fits():
-    assert INT4_G32.fits(96) and not INT4_G32.fits(100)
-    assert INT8_ROW.fits(100) and INT8_ROW.groups(100) == 1
+    assert INT4_G32.fits((1, 96)) and not INT4_G32.fits((96, 100))
+    assert INT8_ROW.fits((1, 100)) and INT8_ROW.groups(100) == 1
 
 
 def test_names_are_keys():

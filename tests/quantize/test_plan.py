@@ -6,7 +6,8 @@ import pytest
 from slimport.architectures import decoder_config, weights
 from slimport.errors import BadInput, UsageError
 from slimport.quantize.grid import GRIDS, INT4_G32, INT8_ROW
-from slimport.quantize.plan import PRESETS, Plan, make_plan
+from slimport.quantize.palette import LUT4_R16, LUT6_R16
+from slimport.quantize.plan import PRESETS, Plan, grid_summary, make_plan
 
 CONFIG = {
     "model_type": "llama",
@@ -70,6 +71,48 @@ def test_method_reaches_the_tables_unless_it_is_calibrated():
     assert make_plan(decoder(), "int4-all", "gptq")[EMBEDDING].method == "rtn"
 
 
+@pytest.mark.parametrize(
+    ("asked", "linears", "tables"),
+    [
+        ("gptq", "gptq", "rtn"),
+        ("imatrix", "imatrix", "rtn"),
+        ("kmeans", "kmeans", "rtn"),
+        ("rtn", "kmeans", "rtn"),
+    ],
+)
+def test_methods_of_palettized_grids(asked, linears, tables):
+    plan = make_plan(decoder(intermediate_size=128), "lut4", asked)
+    assert {c.method for c in plan.choices if c.weight.is_linear} == {linears}
+    assert {c.grid for c in plan.choices if c.weight.is_linear} == {LUT4_R16}
+    assert plan[HEAD].method == tables
+    assert plan.calibrated == (asked in ("gptq", "imatrix"))
+
+
+def test_rows_that_no_table_of_levels_fits_stay_float_with_the_reason():
+    """50 rows of a table, and what k-means finds without importance where they divide."""
+    plan = make_plan(decoder(), "lut6", "gptq", {EMBEDDING: "lut4-r16"})
+    assert plan[EMBEDDING].grid is None
+    assert plan[EMBEDDING].reason.startswith("50 rows do not divide into groups of 16")
+    assert plan[DOWN].grid is LUT6_R16  # columns need not divide
+    gate = plan["model.layers.0.mlp.gate_proj.weight"]
+    assert gate.grid is None and "100 rows" in gate.reason
+    table = make_plan(decoder(vocab_size=64), "lut6", "gptq", {EMBEDDING: "lut4-r16"})[EMBEDDING]
+    assert (table.grid, table.method) == (LUT4_R16, "kmeans")
+    data = plan.to_json()
+    assert Plan.from_json(data, decoder()) == plan
+    data["weights"][EMBEDDING] |= {"grid": "lut4-r16", "method": "kmeans"}
+    with pytest.raises(BadInput, match="50"):
+        Plan.from_json(data, decoder())
+
+
+def test_sizes_of_palettized_grids():
+    summary = grid_summary(make_plan(decoder(intermediate_size=128), "lut4", "kmeans"))
+    codes = (64 * 2 + 32 * 2 + 128 * 2) * 64 // 2 + 64 * 128 // 2
+    levels = (64 * 2 + 32 * 2 + 128 * 2 + 64) // 16 * 16 * 2
+    found = {"grid": "lut4-r16", "method": "kmeans", "weights": 14, "bytes": 2 * (codes + levels)}
+    assert found in summary
+
+
 def test_patterns_and_the_last_one_decides():
     patterns = {"*.mlp.*": "int8-g32", UP: "float16", "*.q_proj.*": "int8-row"}
     plan = make_plan(decoder(), patterns=patterns)
@@ -86,6 +129,10 @@ def test_patterns_and_the_last_one_decides():
         ({"preset": "int5"}, UsageError, "int4-all"),
         ({"method": "magic"}, UsageError, "gptq"),
         ({"patterns": {"*": "int5"}}, UsageError, "int4-g32-signed"),
+        ({"patterns": {"*": "lut5-r16"}}, UsageError, "lut4-r16, lut6-r16, ggml's"),
+        ({"method": "kmeans"}, UsageError, "int4-g32 does not take method kmeans"),
+        ({"preset": "Q8_0", "method": "kmeans"}, UsageError, "Q8_0 does not take method kmeans"),
+        ({"preset": "lut4", "method": "rtn-absmax"}, UsageError, "--method kmeans"),
         ({"patterns": {"*.nothing.*": "int8-row"}}, UsageError, "*.nothing.*"),
         ({"patterns": {"*norm*": "int8-row"}}, UsageError, "matches no matrix"),
     ],

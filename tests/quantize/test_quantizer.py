@@ -324,7 +324,7 @@ def test_weights_beyond_the_scales_of_blocks_are_refused(preset, factor, wide, t
 DOWN = "model.layers.1.mlp.down_proj.weight"  # the last: whatever it holds breaks no input
 
 
-@pytest.mark.parametrize("preset", ["int4", "int8", "int2", "Q4_K_M", "Q3_K_S"])
+@pytest.mark.parametrize("preset", ["int4", "int8", "int2", "lut4", "Q4_K_M", "Q3_K_S"])
 @pytest.mark.parametrize(
     ("method", "factor"),
     # Tiny weights become what gives drift back under gptq.
