@@ -64,9 +64,15 @@ source_options = _options(
     click.option("--pre", help="tokenizer.ggml.pre, where it cannot be derived."),
 )
 quantize_options = _options(
-    click.option("--preset", help="int4 (default), int4-all, int4-signed, int8, int2, mixed."),
+    click.option(
+        "--preset", help="int4 (default), int4-all, int4-signed, int8, int2, lut4, lut6, mixed."
+    ),
     click.option("--gguf-type", help="In its place one of llama.cpp's types, such as Q4_K_M."),
-    click.option("--method", help="gptq (default), rtn, rtn-absmax, imatrix (ggml's kernels)."),
+    click.option(
+        "--method",
+        help="gptq (default), rtn, rtn-absmax, imatrix (ggml's kernels; k-means weighed by it),"
+        " kmeans (palettized grids).",
+    ),
     click.option(
         "--grid", multiple=True, metavar="PATTERN=GRID", help="A grid for weights by name."
     ),

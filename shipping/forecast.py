@@ -12,6 +12,7 @@ from typing import Any
 from ..architectures import Kind
 from ..quantize import imatrix
 from ..quantize.blocks import BlockGrid
+from ..quantize.palette import PaletteGrid
 from ..quantize.plan import Choice, Plan, grid_summary
 from ..recipe import Recipe
 from .shipment import plan_jobs
@@ -22,6 +23,7 @@ from .texts import refuse_missing
 _RTN_SECONDS = 4e-9  # per weight: search, packing, read-back, digests
 _BLOCK_SECONDS = 3e-8  # in place of it for ggml's types
 _KERNEL_SECONDS = 2e-7  # by ggml's kernels; from k-quants to i-quants a quarter to three times
+_KMEANS_SECONDS = 2.5e-7  # for palettized grids; of 6 bits twice as long as of 4
 _GPTQ_SECONDS = 1.3e-10  # per weight and input column of its matrix
 _FORWARD_SECONDS = 1.5e-11  # per weight and token
 _PASSES = {"gptq": 3, "imatrix": 1}  # over the calibration text
@@ -154,6 +156,8 @@ def _seconds(recipe: Recipe, plan: Plan, source: Source) -> float:
 
 
 def _rounding(choice: Choice) -> float:
+    if isinstance(choice.grid, PaletteGrid):
+        return _KMEANS_SECONDS
     if not isinstance(choice.grid, BlockGrid):
         return _RTN_SECONDS
     return _KERNEL_SECONDS if choice.method == "imatrix" else _BLOCK_SECONDS

@@ -115,7 +115,7 @@ def plan_of(recipe: Recipe, source: Source) -> Plan:
     if recipe.quantize.imatrix is not None and method != "imatrix":
         raise UsageError(
             f"an importance matrix has no effect with method {method}",
-            "only ggml's kernels read one; gptq also needs how inputs vary together",
+            "only ggml's kernels and k-means read one; gptq also needs how inputs vary together",
             "add --method imatrix, or leave --imatrix away",
         )
     if recipe.quantize.imatrix is not None and recipe.texts.calibration is not None:
