@@ -41,6 +41,13 @@ class ReadBack:
     float_errors: Mapping[str, float]
 
 
+class Separate(NamedTuple):
+    """An adapter that stays beside its base, applied `scale` times."""
+
+    adapter: Adapter
+    scale: float
+
+
 @dataclass(frozen=True, slots=True)
 class Deployment:
     """What the files of a model are made for.
@@ -48,6 +55,7 @@ class Deployment:
     Attributes:
         context: tokens of a text and its continuation that the device keeps.
         adapted: kinds of the matrices that separate adapters change at run time.
+        adapters: these adapters, for a container that has them in the files of the model.
         hexagon: version of the Hexagon processor that a target names.
         ios: the oldest iOS that a target names.
         calibration: text that activations are observed on, for a container that is CALIBRATED.
@@ -55,6 +63,7 @@ class Deployment:
 
     context: int
     adapted: frozenset[Kind] = frozenset()
+    adapters: tuple[Separate, ...] = ()
     hexagon: int | None = None
     ios: int | None = None
     calibration: Windows | None = None

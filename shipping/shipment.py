@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from .. import bundle
-from ..adapters.adapter import Adapter
 from ..architectures import weights
 from ..errors import Unsupported, UsageError, ValidationFailed
-from ..export.container import Base, Container, Deployment
+from ..export.container import Base, Container, Deployment, Separate
 from ..quantize.plan import Plan
 from ..quantize.store import QuantizedCheckpoint
 from ..quantize.windows import Windows
@@ -69,25 +68,28 @@ class Job:
         given = (source.decoder, plan, source.tokenizer, source.name, self.deployment)
         files = self.container.predict(*given)
         base = Base.planned(source.decoder, plan, source.tokenizer, self.deployment)
-        for adapter in separate_adapters(source):
+        for adapter, _ in separate_adapters(source):
             predicted = self.container.predict_adapter(adapter, base)
             files |= {f"{_ADAPTERS}{name}": size for name, size in predicted.items()}
         return files
 
 
-def separate_adapters(source: Source) -> list[Adapter]:
+def separate_adapters(source: Source) -> tuple[Separate, ...]:
     """Those that stay beside the base."""
-    return [adapter for _, adapter in source.adapters] if source.mode == "separate" else []
+    if source.mode != "separate":
+        return ()
+    return tuple(Separate(adapter, entry.scale) for entry, adapter in source.adapters)
 
 
 def make_job(target: Target, container: Container, source: Source, destination: Path) -> Job:
     """A job with the target's context as far as model and container go."""
     context = min(target.context_length, container.context_length(source.decoder))
     cache = container.kv_cache(target.kv_cache)
-    changed = {name for adapter in separate_adapters(source) for name in adapter.deltas}
+    separate = separate_adapters(source)
+    changed = {name for each in separate for name in each.adapter.deltas}
     kinds = {weight.kind for weight in weights(source.decoder) if weight.name in changed}
     target = replace(target, context_length=context, kv_cache=cache)
-    deployment = Deployment(context, frozenset(kinds), target.hexagon, target.ios)
+    deployment = Deployment(context, frozenset(kinds), separate, target.hexagon, target.ios)
     return Job(target, container, destination, deployment)
 
 
@@ -112,7 +114,7 @@ def plan_jobs(recipe: Recipe, source: Source, plan: Plan) -> list[Job]:
         if source.decoder.reward:
             _refuse_reward(container)
         container.refuse(source.decoder, plan, source.tokenizer)
-        for adapter in separate_adapters(source):
+        for adapter, _ in separate_adapters(source):
             container.refuse_adapter(adapter)
         job = make_job(target, container, source, recipe.output / target.name)
         container.refuse_deployment(plan, job.deployment)

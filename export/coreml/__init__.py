@@ -18,15 +18,16 @@ from ...quantize.store import QuantizedCheckpoint
 from ...tokenizer.tokenizer import Tokenizer
 from ..container import Deployment, Minimum, ReadBack
 from ..file import sync_folder, write_bytes
-from ..merged import (
+from ..layout import Layout
+from . import adapter, compare, device, layout, package, packing, reader
+from . import tokenizer as tokenizer_files
+from .adapter import (
     check_adapter,
     predict_adapter,
     refuse_adapter,
     refuse_foreign_adapter,
     write_adapter,
 )
-from . import compare, device, layout, package, packing, reader
-from . import tokenizer as tokenizer_files
 from .decoder import decoder_function
 from .device import notes
 
@@ -80,7 +81,8 @@ def refuse(config: DecoderConfig, plan: Plan, tokenizer: Tokenizer) -> None:
 
 
 def refuse_deployment(plan: Plan, deployment: Deployment) -> None:
-    """Raise Unsupported if the target's iOS lacks an operation that a grid needs."""
+    """Raise Unsupported if the target's iOS lacks an operation, or adapters share a name."""
+    adapter.refuse_same_names(deployment.adapters)
     release = layout.release_of(plan)
     if deployment.ios is not None and deployment.ios < release.version:
         grid = next(c.grid.name for c in plan.choices if c.grid and layout.is_chain(c))
@@ -95,8 +97,8 @@ def predict(
     config: DecoderConfig, plan: Plan, tokenizer: Tokenizer, name: str, deployment: Deployment
 ) -> dict[str, int]:
     """{file name: bytes}, to the byte; `name` is the model's."""
-    placed = layout.layout(config, plan, deployment)
-    model = _model(config, plan, tokenizer, name, deployment, _ANY_DIGEST)
+    placed = _placed(config, plan, deployment)
+    model = _model(config, plan, tokenizer, name, deployment, placed, _ANY_DIGEST)
     beside = tokenizer_files.files(tokenizer, config.family.model_type)
     sizes = {file: len(content) for file, content in beside.items()}
     return package.sizes(model, placed.nbytes) | sizes
@@ -116,9 +118,11 @@ def write(
         Unsupported: as `refuse`, or a float matrix beyond float16.
     """
     config, plan = model.decoder, model.plan
-    placed = layout.layout(config, plan, deployment)
-    content = _model(config, plan, tokenizer, model.name, deployment, model.weights_digest)
-    written = package.write(folder, content, packing.head(placed), packing.data(model, placed))
+    placed, digest = _placed(config, plan, deployment), model.weights_digest
+    content = _model(config, plan, tokenizer, model.name, deployment, placed, digest)
+    factors = {factor.stored.name: factor.values for factor in _factors(config, deployment)}
+    tensors = packing.data(model, placed, factors)
+    written = package.write(folder, content, packing.head(placed), tensors)
     beside = tokenizer_files.files(tokenizer, config.family.model_type)
     for name, text in beside.items():
         write_bytes(folder / name, text)
@@ -156,9 +160,24 @@ def _model(
     tokenizer: Tokenizer,
     name: str,
     deployment: Deployment,
+    placed: Layout,
     digest: str,
 ) -> bytes:
-    placed, release = layout.layout(config, plan, deployment), layout.release_of(plan)
-    function = decoder_function(config, placed, deployment, release)
+    release = layout.release_of(plan)
+    adapted = [None, *(adapter.function_of(each.adapter) for each in deployment.adapters)]
+    functions = {
+        each or "main": decoder_function(config, placed, deployment, release, each)
+        for each in adapted
+    }
     told = device.properties(name, config, tokenizer, deployment.context, digest)
-    return package.model_bytes({"main": function}, release, told)
+    return package.model_bytes(functions, release, told)
+
+
+def _placed(config: DecoderConfig, plan: Plan, deployment: Deployment) -> Layout:
+    factors = [factor.stored for factor in _factors(config, deployment)]
+    return layout.layout(config, plan, deployment, factors)
+
+
+def _factors(config: DecoderConfig, deployment: Deployment) -> Iterator[adapter.Factor]:
+    for separate in deployment.adapters:
+        yield from adapter.factors(separate, config)

@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from ...quantize.grid import GRIDS
 from ..layout import Layout, Matrix, Stored
+from .adapter import HALVES, factor_name
 from .layout import LEVELS, form_of
 from .program import CASTS, FLOAT16, FLOAT32, Function, Shape, Value
 
@@ -23,11 +24,14 @@ class Blocks:
     Args:
         channels: the dimension of a tensor that products and norms go along.
         exact: whether factors that float16 does not have are multiplied in float32.
+        adapted: the name of the function of an adapter; None: the base alone.
     """
 
-    def __init__(self, function: Function, layout: Layout, channels: int, exact: bool) -> None:
+    def __init__(
+        self, function: Function, layout: Layout, channels: int, exact: bool, adapted: str | None
+    ) -> None:
         self.function, self.layout = function, layout
-        self.channels, self.exact = channels, exact
+        self.channels, self.exact, self.adapted = channels, exact, adapted
         self._weights: dict[tuple[str, Shape], Value] = {}
 
     def stored(self, name: str, *shape: int) -> Value:
@@ -37,6 +41,14 @@ class Blocks:
             tensor = replace(tensor, shape=shape or tensor.shape)
             self._weights[name, ()] = self.function.stored(tensor, identifier(name))
         return self._weights[name, ()]
+
+    def updates(self, matrix: Matrix, *tail: int) -> list[Value]:
+        """The factors that an adapter has for a matrix, if it has."""
+        if self.adapted is None:
+            return []
+        names = [factor_name(self.adapted, matrix.name, which) for which in HALVES]
+        held = self.layout.by_name
+        return [self.stored(name, *held[name].shape, *tail) for name in names if name in held]
 
     def weight(self, matrix: Matrix, *tail: int) -> Value:
         """A matrix that the device decompresses, made once; with `tail` behind its shape.
@@ -222,4 +234,4 @@ AGAIN = "_again"  # behind the name of a table that is made twice
 
 def identifier(source: str) -> str:
     """A source name as MIL writes identifiers."""
-    return source.replace(".", "_")
+    return source.replace(".", "_").replace("/", "_")

@@ -27,13 +27,20 @@ KEYS, VALUES = "keyCache", "valueCache"
 
 
 def decoder_function(
-    config: DecoderConfig, layout: Layout, deployment: Deployment, release: Ios
+    config: DecoderConfig,
+    layout: Layout,
+    deployment: Deployment,
+    release: Ios,
+    adapted: str | None = None,
 ) -> Function:
     """The function `(ids (1, n), masks (1, 1, n, total)) -> logits (1, n, vocab)`.
 
     The ids are the last n of `total` tokens; keys and values of those before are in the states.
+
+    Args:
+        adapted: the name of the function, if it is that of an adapter.
     """
-    return _Decoder(config, layout, deployment.context, Function(release.opset)).build()
+    return _Decoder(config, layout, deployment.context, Function(release.opset), adapted).build()
 
 
 def windowed(config: DecoderConfig, layer: int, context: int) -> bool:
@@ -54,9 +61,14 @@ def masks(config: DecoderConfig, context: int) -> dict[bool, int | None]:
 
 class _Decoder(Blocks):
     def __init__(
-        self, config: DecoderConfig, layout: Layout, context: int, function: Function
+        self,
+        config: DecoderConfig,
+        layout: Layout,
+        context: int,
+        function: Function,
+        adapted: str | None,
     ) -> None:
-        super().__init__(function, layout, channels=-1, exact=True)
+        super().__init__(function, layout, -1, True, adapted)
         self.config, self.context = config, context
         self.stream = FLOAT32 if config.family.scaled_embedding else FLOAT16
 
@@ -240,18 +252,30 @@ class _Decoder(Blocks):
         return self.cast(f"{name}_half", self.two("mul", name, x, weight), dtype)
 
     def linear(self, x: Value, layer: int | None, kind: Kind, name: str = "") -> Value:
-        """The product with a weight, and its bias; in float16."""
+        """The product with a weight, its bias and an adapter's update; in float16."""
         matrix = self.layout.matrices[layer, kind]
         weight, function = self.weight(matrix), self.function
-        name, rows = name or identifier(matrix.name), matrix.shape[0]
-        nothing = self.stored(zeros_of(matrix))
-        given = {"x": self.cast(f"{name}_input", x, weight.dtype), "weight": weight}
-        exact = weight.dtype == x.dtype
-        product = name if exact and not matrix.bias else f"{name}_product"
-        shape = (*x.shape[:-1], rows)
-        x = function.op("linear", product, shape, weight.dtype, **given, bias=nothing)
-        x = self.cast(f"{name}_half" if matrix.bias else name, x, FLOAT16)
-        if not matrix.bias:
+        name, rows, given = name or identifier(matrix.name), matrix.shape[0], x
+        factors = self.updates(matrix)
+        plain = weight.dtype == x.dtype and not matrix.bias and not factors
+        x = function.op(
+            "linear",
+            name if plain else f"{name}_product",
+            (*x.shape[:-1], rows),
+            weight.dtype,
+            x=self.cast(f"{name}_input", x, weight.dtype),
+            weight=weight,
+            bias=self.stored(zeros_of(matrix)),
+        )
+        x = self.cast(f"{name}_half" if matrix.bias or factors else name, x, FLOAT16)
+        if matrix.bias:
+            bias = self.stored(matrix.bias[0].weight.name)
+            bias = self.cast(f"{bias.name}_half", bias, FLOAT16)
+            x = self.two("add", f"{name}_raised" if factors else name, x, bias)
+        if not factors:
             return x
-        bias = self.stored(matrix.bias[0].weight.name)
-        return self.two("add", name, x, self.cast(f"{bias.name}_half", bias, FLOAT16))
+        narrow, wide = factors
+        shape = (*given.shape[:-1], narrow.shape[0])
+        low = self.multiplied(f"{name}_low", given, narrow, shape, across=True)
+        update = self.multiplied(f"{name}_update", low, wide, x.shape, across=True)
+        return self.two("add", name, x, update)

@@ -10,7 +10,7 @@ file once and is read by the look-up and by the head.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -88,8 +88,13 @@ def form_of(choice: Choice) -> Form:
     return FORMS[choice.grid.name]
 
 
-def layout(config: DecoderConfig, plan: Plan, deployment: Deployment) -> Layout:
+def layout(
+    config: DecoderConfig, plan: Plan, deployment: Deployment, factors: Iterable[Stored] = ()
+) -> Layout:
     """Where everything lies.
+
+    Args:
+        factors: of separate adapters.
 
     Raises:
         Unsupported: a grid that no constexpr operation holds exactly.
@@ -101,6 +106,7 @@ def layout(config: DecoderConfig, plan: Plan, deployment: Deployment) -> Layout:
     shared = {tensor.name: tensor for matrix in matrices for tensor in _shared(matrix)}
     tensors += [shared[name] for name in sorted(shared)]
     tensors += ropes_of(config, deployment.context, "<f4")
+    tensors += factors
     return Layout(matrices, tensors, HEAD, RECORD)
 
 

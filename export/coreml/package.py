@@ -21,6 +21,19 @@ PACKAGE = "Model.mlpackage"
 _AUTHOR = "com.apple.CoreML"
 
 
+def package_name(place: int) -> str:
+    """Of the package that runs at a place, from 0 on."""
+    return PACKAGE if place == 0 else PACKAGE.replace(".", f"_{place + 1}.")
+
+
+def packages_in(folder: Path) -> list[str]:
+    """Names of the packages in a folder, in the order in which they run."""
+    found = [package_name(0)]
+    while (folder / package_name(len(found))).is_dir():
+        found.append(package_name(len(found)))
+    return found
+
+
 class Paths(NamedTuple):
     """The files of a package, within the folder that it lies in."""
 

@@ -7,7 +7,7 @@ tensor (a mark, its type, its bytes, where they begin, and bits of padding at th
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -45,18 +45,23 @@ def head(layout: Layout) -> bytes:
 
 
 def data(
-    model: QuantizedCheckpoint, layout: Layout
+    model: QuantizedCheckpoint, layout: Layout, factors: Mapping[str, npt.NDArray[np.float16]]
 ) -> Iterator[tuple[str, int, Iterator[npt.NDArray[Any]]]]:
-    """Name, bytes and content of every tensor, its record first."""
+    """Name, bytes and content of every tensor, its record first.
+
+    Args:
+        factors: {name: numbers} of those of separate adapters.
+    """
     for tensor in layout.tensors:
-        yield tensor.name, RECORD + tensor.nbytes, _recorded(tensor, model)
+        content = iter([factors[tensor.name]]) if tensor.name in factors else parts(tensor, model)
+        yield tensor.name, RECORD + tensor.nbytes, _recorded(tensor, content)
 
 
-def _recorded(tensor: Stored, model: QuantizedCheckpoint) -> Iterator[npt.NDArray[Any]]:
+def _recorded(tensor: Stored, content: Iterator[npt.NDArray[Any]]) -> Iterator[npt.NDArray[Any]]:
     values = (_MARK, _TYPES[tensor.dtype], tensor.nbytes, tensor.offset, 0)
     record = struct.pack("<IIQQQ", *values).ljust(RECORD, b"\0")
     yield np.frombuffer(record, np.uint8)
-    yield from parts(tensor, model)
+    yield from content
 
 
 def parts(tensor: Stored, model: QuantizedCheckpoint) -> Iterator[npt.NDArray[Any]]:

@@ -76,9 +76,10 @@ class File:
             _, version = (int(each) for each in self._data[:8].view("<u4"))
             if version != _VERSION:
                 raise ValueError(f"its weight file has version {version}")
+            functions = model.mlProgram.functions
+            self._names = sorted(functions)
             self._blocks = [
-                function.block_specializations[function.opset]
-                for function in model.mlProgram.functions.values()
+                functions[name].block_specializations[functions[name].opset] for name in self._names
             ]
             if not self._blocks:
                 raise ValueError("it has no function")
@@ -223,6 +224,24 @@ class File:
         if codes.min() < grid.low or codes.max() > grid.high or not _valid(scale, grid):
             raise ValueError(f"{weight.name} has a code or a scale that {grid.name} does not have")
         return QuantizedTensor(grid, np.ascontiguousarray(codes), scale)
+
+    def factors(self, function: str) -> dict[str, npt.NDArray[Any]]:
+        """{name: numbers without sizes of 1} of the factors that the functions of an adapter have.
+
+        Raises:
+            BadInput: two functions have different ones.
+        """
+        with self._checked():
+            found: dict[str, Place] = {}
+            for name, made in zip(self._names, self._made, strict=True):
+                if name.removeprefix("decode_").removeprefix("prefill_") != function:
+                    continue
+                for key, operation in made.items():
+                    if operation.type == "const" and key.endswith(("_lora_a", "_lora_b")):
+                        place = self._place(operation.attributes["val"])
+                        if found.setdefault(key, place) != place:
+                            raise ValueError(f"functions have different numbers of {key}")
+            return {key: self.array(place) for key, place in found.items()}
 
     def orders(self, names: set[str]) -> list[list[str]]:
         """Those of `names` that operations take, in the order in which they do, by function."""

@@ -17,16 +17,19 @@ from ...tokenizer.tokenizer import Tokenizer
 from ..container import Deployment, Minimum, ReadBack
 from ..coreml import FILE, compare, package, packing, reader, refuse_deployment
 from ..coreml import tokenizer as tokenizer_files
-from ..coreml.device import notes
-from ..coreml.layout import IOS18
-from ..file import sync_folder, write_bytes
-from ..merged import (
+from ..coreml.adapter import (
+    Factor,
     check_adapter,
+    factors,
+    function_of,
     predict_adapter,
     refuse_adapter,
     refuse_foreign_adapter,
     write_adapter,
 )
+from ..coreml.device import notes
+from ..coreml.layout import IOS18
+from ..file import sync_folder, write_bytes
 from . import device, layout
 from .decoder import decoder_function
 from .layout import CHUNK, Part
@@ -112,8 +115,9 @@ def write(
     config, plan = model.decoder, model.plan
     written: list[Path] = []
     digest = model.weights_digest
+    held = {each.stored.name: each.values for each in _factors(config, deployment)}
     for part, content in _models(config, plan, tokenizer, model.name, deployment, digest):
-        start, tensors = packing.head(part.layout), packing.data(model, part.layout)
+        start, tensors = packing.head(part.layout), packing.data(model, part.layout, held)
         written += package.write(folder, content, start, tensors, part.name)
     beside = tokenizer_files.files(tokenizer, config.family.model_type)
     for name, text in beside.items():
@@ -148,7 +152,7 @@ def readme(fields: Mapping[str, str], adapters: list[str]) -> str:
 
 def _files(folder: Path) -> list[reader.File]:
     """The packages in `folder`, in the order in which they run."""
-    return [reader.File(folder / name, _VECTORS) for name in device.packages_in(folder)]
+    return [reader.File(folder / name, _VECTORS) for name in package.packages_in(folder)]
 
 
 def _models(
@@ -160,12 +164,25 @@ def _models(
     digest: str,
 ) -> Iterator[tuple[Part, bytes]]:
     """The packages and their model files."""
-    parts = layout.parts(config, plan, deployment)
+    parts = layout.parts(config, plan, deployment, _factors(config, deployment))
     told = device.properties(name, config, tokenizer, deployment.context, digest, len(parts))
-    sizes = {DECODE: 1, PREFILL: CHUNK}
+    adapted = [None, *(function_of(each.adapter) for each in deployment.adapters)]
     for part in parts:
         functions = {
-            function: decoder_function(config, part, deployment.context, tokens, IOS18)
-            for function, tokens in sizes.items()
+            function_name(role, each): decoder_function(
+                config, part, deployment.context, tokens, IOS18, each
+            )
+            for each in adapted
+            for role, tokens in ((DECODE, 1), (PREFILL, CHUNK))
         }
         yield part, package.model_bytes(functions, IOS18, told)
+
+
+def function_name(role: str, adapted: str | None) -> str:
+    """Of the function of an adapter for a chunk of a prompt, or for one token."""
+    return role if adapted is None else f"{role}_{adapted}"
+
+
+def _factors(config: DecoderConfig, deployment: Deployment) -> Iterator[Factor]:
+    for separate in deployment.adapters:
+        yield from factors(separate, config)

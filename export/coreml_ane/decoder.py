@@ -24,23 +24,37 @@ _MASKED = -40000.0  # as Apple's guides: an infinite one makes what is no number
 
 
 def decoder_function(
-    config: DecoderConfig, part: Part, context: int, tokens: int, release: Ios
+    config: DecoderConfig,
+    part: Part,
+    context: int,
+    tokens: int,
+    release: Ios,
+    adapted: str | None = None,
 ) -> Function:
     """The function `(ids (1, tokens) or hidden (1, hidden_size, 1, tokens), position (1,))`.
 
     It gives logits (1, tokens, vocab), or the hidden states for the next package. The first of the
     tokens stands at `position`; what is in the state at later places is not seen.
+
+    Args:
+        adapted: the function of an adapter, whose updates are added.
     """
-    return _Decoder(config, part, context, tokens, Function(release.opset)).build()
+    return _Decoder(config, part, context, tokens, Function(release.opset), adapted).build()
 
 
 class _Decoder(Blocks):
     stream = FLOAT16
 
     def __init__(
-        self, config: DecoderConfig, part: Part, context: int, tokens: int, function: Function
+        self,
+        config: DecoderConfig,
+        part: Part,
+        context: int,
+        tokens: int,
+        function: Function,
+        adapted: str | None,
     ) -> None:
-        super().__init__(function, part.layout, channels=1, exact=False)
+        super().__init__(function, part.layout, 1, False, adapted)
         self.config, self.section, self.tokens = config, part, tokens
         self.room, self.shape = room_of(context), state_of(config, part, context)
 
@@ -185,15 +199,25 @@ class _Decoder(Blocks):
         return self.two("mul", name, normal, self.stored(f"{module}.weight", *shape))
 
     def linear(self, x: Value, layer: int | None, kind: Kind, name: str = "") -> Value:
-        """The product with a weight, and its bias."""
+        """The product with a weight, its bias and an adapter's update."""
         matrix = self.layout.matrices[layer, kind]
         bias = {"bias": self.stored(matrix.bias[0].weight.name)} if matrix.bias else {}
+        name, factors = name or identifier(matrix.name), self.updates(matrix, 1, 1)
+        made = f"{name}_product" if factors else name
+        y = self.convolved(made, x, self.weight(matrix, 1, 1), **bias)
+        if not factors:
+            return y
+        low = self.convolved(f"{name}_low", x, factors[0])
+        return self.two("add", name, y, self.convolved(f"{name}_update", low, factors[1]))
+
+    def convolved(self, name: str, x: Value, weight: Value, **bias: Value) -> Value:
+        """weight (rows, channels, 1, 1) times every pixel: (1, rows, 1, tokens)."""
         return self.function.op(
             "conv",
-            name or identifier(matrix.name),
-            (1, matrix.shape[0], 1, self.tokens),
+            name,
+            (1, weight.shape[0], 1, self.tokens),
             x=x,
-            weight=self.weight(matrix, 1, 1),
+            weight=weight,
             **bias,
             strides=[1, 1],
             pad_type="valid",

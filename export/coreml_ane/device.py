@@ -9,15 +9,7 @@ from string import Template
 from ...architectures import DecoderConfig
 from ...tokenizer.tokenizer import Tokenizer
 from ..coreml import device
-from .layout import CHUNK, package_name
-
-
-def packages_in(folder: Path) -> list[str]:
-    """Names of the packages in a folder, in the order in which they run."""
-    found = [package_name(0)]
-    while (folder / package_name(len(found))).is_dir():
-        found.append(package_name(len(found)))
-    return found
+from .layout import CHUNK
 
 
 def properties(

@@ -8,15 +8,16 @@ falls to the GPU without a word, so a larger model is several packages, one afte
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from ...architectures import DecoderConfig, Kind
 from ...errors import Unsupported
 from ...quantize.plan import Choice, Plan
 from ..container import Deployment
+from ..coreml.adapter import Factor
 from ..coreml.layout import HEAD, RECORD, matrices_of, refuse_grid, ropes_of, tensors_of
-from ..coreml.package import PACKAGE
+from ..coreml.package import package_name
 from ..layout import Layout, Matrix, Stored
 
 GRIDS = ("lut4-r16", "lut6-r16", "int8-row")
@@ -46,30 +47,33 @@ class Part:
 
 
 def parts(
-    config: DecoderConfig, plan: Plan, deployment: Deployment, limit: int = LIMIT
+    config: DecoderConfig,
+    plan: Plan,
+    deployment: Deployment,
+    factors: Iterable[Factor] = (),
+    limit: int = LIMIT,
 ) -> list[Part]:
     """The packages, in the order in which they run.
+
+    Args:
+        factors: of separate adapters; they do not count for the limit.
+        limit: bytes of a package.
 
     Raises:
         Unsupported: a grid or a family that the Neural Engine does not compute exactly.
     """
     _refuse(config, plan)
-    groups = _groups(config, plan, limit)
+    groups, held = _groups(config, plan, limit), list(factors)
     return [
         Part(
             package_name(place),
             layers,
             place == 0,
             place == len(groups) - 1,
-            _layout(config, plan, deployment, layers, place == 0, place == len(groups) - 1),
+            _layout(config, plan, deployment, held, layers, place == 0, place == len(groups) - 1),
         )
         for place, layers in enumerate(groups)
     ]
-
-
-def package_name(place: int) -> str:
-    """Of the package that runs at a place, from 0 on."""
-    return PACKAGE if place == 0 else PACKAGE.replace(".", f"_{place + 1}.")
 
 
 def room_of(context: int) -> int:
@@ -123,6 +127,7 @@ def _layout(
     config: DecoderConfig,
     plan: Plan,
     deployment: Deployment,
+    factors: Iterable[Factor],
     layers: range,
     first: bool,
     last: bool,
@@ -143,4 +148,5 @@ def _layout(
         if held(choice):
             tensors += tensors_of(choice, "<f2")
     tensors += ropes_of(config, room_of(deployment.context), "<f2")
+    tensors += [factor.stored for factor in factors if factor.layer in layers]
     return Layout(matrices(), tensors, HEAD, RECORD)

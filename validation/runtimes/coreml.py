@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ...checkpoint import read_json
+from ...export.coreml.adapter import read
 from ...export.coreml.package import bundle_of, properties_of
 from ...export.coreml.tokenizer import SETTINGS, TOKENIZER
 from ...tokenizer.conformance import Chat
@@ -39,6 +40,8 @@ UNKNOWN = (
     "iPhone: speed, what Core ML copies or decompresses when it loads, rounding inside of kernels",
 )
 SESSION: Mapping[str, Any] = {}
+# Nats at any token, where constants are float16 in the file, and those of the oracle are not.
+ROUNDED = 1e-4
 PART = 128  # tokens of a prompt at a time, as in README.bundle.md
 _WORKER = "slimport.validation.runtimes.coreml_worker"
 
@@ -74,6 +77,7 @@ def logits(
 
     Args:
         file: the model file of the package.
+        adapter: the file that names its function.
         windows: int32 (n, length) token ids, as they are: nothing is put before them.
         out: becomes a .npy file of float32 (n, length, vocabulary).
 
@@ -85,7 +89,7 @@ def logits(
     """
     refuse_empty(windows)
     given = {"windows": windows.tolist(), "out": str(out), "exact": False}
-    _call("logits", file, progress, **given)
+    _call("logits", file, progress, adapted=_function(adapter), **given)
 
 
 def exact_logits(
@@ -93,8 +97,9 @@ def exact_logits(
 ) -> float | None:
     """As `logits`, and nothing is rounded to float16; on a Mac by the interpreter too."""
     refuse_empty(windows)
-    _call("logits", file, windows=windows.tolist(), out=str(out), exact=True)
-    return SAME_MODEL
+    given = {"windows": windows.tolist(), "out": str(out), "exact": True}
+    _call("logits", file, adapted=_function(adapter), **given)
+    return SAME_MODEL if adapter is None else ROUNDED
 
 
 def tokenize(file: Path, texts: Sequence[str]) -> list[list[int]]:
@@ -143,7 +148,7 @@ def generate(
         ValidationFailed: as `logits`.
     """
     given = {"prompts": as_lists(prompts), "max_tokens": max_tokens}
-    found = _call("generate", file, progress, **given)
+    found = _call("generate", file, progress, adapted=_function(adapter), **given)
     return [Generation(tuple(tokens), stopped) for tokens, stopped in found]
 
 
@@ -164,6 +169,11 @@ def measure(
 def memory_on(file: Path, isa: Collection[str], measured: Memory) -> Memory:
     """It does not depend on the phone's CPU."""
     return measured
+
+
+def _function(adapter: Path | None) -> str | None:
+    """The function of an adapter, as its file names it."""
+    return None if adapter is None else read(adapter)["function"]
 
 
 def _call(job: str, file: Path, progress: Progress | None = None, **arguments: Any) -> Any:

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ...export.coreml.package import bundle_of
-from ...export.coreml_ane.device import packages_in
+from ...export.coreml.package import bundle_of, packages_in
 from ..runtime import Accelerator, Ids
 from . import coreml, neural_engine
 from .coreml import (
@@ -44,9 +43,6 @@ __all__ = [
     "vocabulary",
 ]
 
-# Nats at any token. Norms, factors and tables of ropes are float16 in the file, and those of the
-# oracle are not: 5e-6 was measured on tiny models of all families.
-_ROUNDED = 1e-4
 UNKNOWN = (
     *coreml.UNKNOWN,
     "Neural Engine: whether it takes every operation; rules say what is known to keep one away",
@@ -54,9 +50,12 @@ UNKNOWN = (
 
 
 def exact_logits(file: Path, windows: Ids, out: Path, *, adapter: Path | None = None) -> float:
-    """As that of coreml, with room for constants that are float16."""
+    """As that of coreml, with room for constants that are float16.
+
+    Norms, factors and tables of ropes: 5e-6 was measured on tiny models of all families.
+    """
     coreml.exact_logits(file, windows, out, adapter=adapter)
-    return _ROUNDED
+    return coreml.ROUNDED
 
 
 def accelerator(file: Path) -> Accelerator:

@@ -6,8 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from ...export.coreml.package import bundle_of, properties_of
-from ...export.coreml_ane.device import packages_in
+from ...export.coreml.package import bundle_of, packages_in, properties_of
 from ..runtime import Memory
 from .mil_package import Package, type_of
 

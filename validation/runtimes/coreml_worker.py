@@ -16,10 +16,9 @@ from torch import Tensor
 
 from ...errors import BadInput
 from ...export.coreml.decoder import FULL, IDS, LOGITS, SLIDING
-from ...export.coreml.package import bundle_of, package_of, properties_of
-from ...export.coreml_ane import DECODE, PREFILL
+from ...export.coreml.package import bundle_of, package_of, packages_in, properties_of
+from ...export.coreml_ane import DECODE, PREFILL, function_name
 from ...export.coreml_ane.decoder import HANDED_ON, HIDDEN, POSITION
-from ...export.coreml_ane.device import packages_in
 from ...quantize.grid import Float32
 from .. import worker
 from ..logits import writer
@@ -128,8 +127,10 @@ class Model(Protocol):
 class _Flexible:
     """A package that takes parts of a prompt as long as they are, with masks."""
 
-    def __init__(self, file: Path, told: Mapping[str, str], exact: bool) -> None:
-        self._engine = _engine(package_of(file), [None], exact)
+    def __init__(
+        self, file: Path, told: Mapping[str, str], exact: bool, adapted: str | None
+    ) -> None:
+        self._engine, self._function = _engine(package_of(file), [adapted], exact), adapted
         self.engines: Sequence[Engine] = [self._engine]
         self.chunk = coreml.PART
         self._context = int(told["slimport.context_length"])
@@ -145,16 +146,19 @@ class _Flexible:
                 seen = (ahead >= 0) & (ahead < window)
                 mask = torch.zeros(ahead.shape).masked_fill(~seen, _MASKED)
                 given[name] = mask.to(torch.float16)[None, None]
-        rows: Float32 = self._engine.run(given)[LOGITS][0].float().numpy()
+        rows: Float32 = self._engine.run(given, self._function)[LOGITS][0].float().numpy()
         return rows
 
 
 class _Fixed:
     """Packages that run one after the other, for whole chunks of a prompt or for one token."""
 
-    def __init__(self, file: Path, told: Mapping[str, str], exact: bool) -> None:
+    def __init__(
+        self, file: Path, told: Mapping[str, str], exact: bool, adapted: str | None
+    ) -> None:
         names = packages_in(bundle_of(file))
-        functions = [DECODE, PREFILL]
+        self._decode, self._prefill = (function_name(role, adapted) for role in (DECODE, PREFILL))
+        functions = [self._decode, self._prefill]
         self.engines: Sequence[Engine] = [
             _engine(bundle_of(file) / name, functions, exact) for name in names
         ]
@@ -167,7 +171,7 @@ class _Fixed:
         given = {IDS: torch.from_numpy(filled)[None]}
         where = torch.tensor([position], dtype=torch.int32)
         for engine in self.engines:
-            found = engine.run({**given, POSITION: where}, DECODE if one else PREFILL)
+            found = engine.run({**given, POSITION: where}, self._decode if one else self._prefill)
             if LOGITS in found:
                 rows: Float32 = found[LOGITS][0, : ids.size].float().numpy()
                 return rows
@@ -180,16 +184,17 @@ class _Text:
 
     Args:
         exact: by the interpreter, without rounding.
+        adapted: the function of an adapter; None: that of the base.
     """
 
-    def __init__(self, file: Path, exact: bool = False) -> None:
+    def __init__(self, file: Path, exact: bool, adapted: str | None) -> None:
         torch.set_num_threads(worker.threads())
         told = properties_of(file)
         self.context = int(told["slimport.context_length"])
         self.vocab_size = int(told["slimport.vocab_size"])
         self.stops = {int(each) for each in told["slimport.stop_tokens"].split(",") if each}
         opened = _Fixed if "slimport.chunk" in told else _Flexible
-        self._model: Model = opened(file, told, exact)
+        self._model: Model = opened(file, told, exact, adapted)
 
     def reset(self) -> None:
         for engine in self._model.engines:
@@ -221,8 +226,10 @@ class _Text:
             )
 
 
-def _logits(file: str, windows: list[list[int]], out: str, exact: bool) -> None:
-    ids, model = np.array(windows, np.int32), _Text(Path(file), exact)
+def _logits(
+    file: str, windows: list[list[int]], out: str, exact: bool, adapted: str | None
+) -> None:
+    ids, model = np.array(windows, np.int32), _Text(Path(file), exact, adapted)
     first = max(1, ids.shape[1] - _DECODED)
     with writer(Path(out), (*ids.shape, model.vocab_size)) as target:
         for index, window in worker.counted(enumerate(ids), len(ids)):
@@ -235,8 +242,10 @@ def _logits(file: str, windows: list[list[int]], out: str, exact: bool) -> None:
     model.refuse_overflow()
 
 
-def _generate(file: str, prompts: list[list[int]], max_tokens: int) -> list[tuple[list[int], bool]]:
-    model = _Text(Path(file))
+def _generate(
+    file: str, prompts: list[list[int]], max_tokens: int, adapted: str | None
+) -> list[tuple[list[int], bool]]:
+    model = _Text(Path(file), False, adapted)
     found = [
         _greedy(model, np.array(prompt, np.int32), max_tokens)
         for prompt in worker.counted(prompts, len(prompts))

@@ -163,7 +163,7 @@ class _Function:
                 source = "apple/coremltools#2688: the load ends the app"
                 yield self._finding("refused", made, "is a look-up table times scales", source)
             elif math.prod(size or 1 for size in shapes["scale"][1][1:]) > 1:
-                source = f"{_GUIDE}quantization performance: scales of rows alone; apple/coreai-models#279"
+                source = "apple/coreai-models#279: wrong numbers; it takes scales of rows"
                 yield self._finding("refused", made, "has several scales in a row", source)
         if made.type == "constexpr_lut_to_dense":
             kind, shape = shapes["lut"]
