@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from ...architectures import DecoderConfig, Kind
 from ...errors import Unsupported
+from ...quantize.palette import PaletteGrid
 from ...quantize.plan import Choice, Plan
 from ..container import Deployment
 from ..layout import Layout, Matrix, Stored
@@ -153,13 +154,17 @@ def tensors_of(matrix: Matrix) -> Iterator[Stored]:
 
 
 def refuse_grid(choice: Choice, held: tuple[str, ...], what: str, cure: str) -> None:
-    """Raise Unsupported for a grid that is not `held`; `what` cannot be done with it."""
+    """Raise Unsupported for a grid that is not `held`; `what` cannot be done with it.
+
+    `cure` is what other container may hold it; none of them holds a palettized grid.
+    """
     if choice.grid is None or choice.grid.name in held:
         return
     name, grid = choice.weight.name, choice.grid.name
+    elsewhere = "" if isinstance(choice.grid, PaletteGrid) else f", or {cure}"
     raise Unsupported(
         f"{name}: {what} the grid {grid}",
         f"it holds {', '.join(held)} exactly there; other grids lower to wrong numbers or fail when"
         " they are loaded",
-        f'give it one of these, such as "{name}" = "int8-row", or {cure}',
+        f'give it one of these, such as "{name}" = "int8-row"{elsewhere}',
     )

@@ -18,6 +18,7 @@ import numpy as np
 
 from ...architectures import DecoderConfig, Kind
 from ...errors import Unsupported
+from ...quantize.blocks import BlockGrid
 from ...quantize.grid import Grid
 from ...quantize.plan import Choice, Plan
 from ..container import Deployment
@@ -173,9 +174,9 @@ def _refuse(choice: Choice, activations: Float) -> None:
             "MatMulBnb4 takes scales of the type of its activations, and these are float32",
             "keep activations in float32: --container onnx",
         )
+    elsewhere = ", or write GGUF: --container gguf" if isinstance(choice.grid, BlockGrid) else ""
     raise Unsupported(
         f"{choice.weight.name}: ONNX cannot hold the grid {choice.grid.name}",
         f"no operator of ONNX Runtime means the same; it holds {', '.join(held)} here exactly",
-        f'give it one of these grids, such as "{choice.weight.name}" = "int8-g32", or write GGUF:'
-        " --container gguf",
+        f'give it one of these grids, such as "{choice.weight.name}" = "int8-g32"{elsewhere}',
     )

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from ...architectures import DecoderConfig, Kind
 from ...errors import Unsupported
 from ...quantize.grid import Grid
+from ...quantize.palette import PaletteGrid
 from ...quantize.plan import Choice, Plan
 from ..layout import INT4, Layout, Matrix, Stored
 
@@ -54,12 +55,13 @@ def _refuse_grid(choice: Choice) -> None:
     if choice.grid is not None and choice.grid.name in GRIDS:
         return
     name = choice.weight.name
+    elsewhere = ", or write GGUF: --container gguf --target android"
     found = "float16" if choice.grid is None else choice.grid.name
     raise Unsupported(
         f"{name}: the NPU cannot hold {found}",
         f"it multiplies {', '.join(GRIDS)} exactly; {choice.reason or 'nothing else was tested'}",
-        f'give it one of these grids, such as "{name}" = "int8-row", or write GGUF: --container'
-        " gguf --target android",
+        f'give it one of these grids, such as "{name}" = "int8-row"'
+        + ("" if isinstance(choice.grid, PaletteGrid) else elsewhere),
     )
 
 
