@@ -75,7 +75,7 @@ def load(name: str) -> Pair:
             from ..export import coreml
             from ..validation.runtimes import coreml as coreml_runtime
 
-            return Pair(coreml, coreml_runtime)
+            return Pair(coreml, coreml_runtime, coreml_runtime)
         if name == "coreml-ane":
             from ..export import coreml_ane
             from ..validation.runtimes import coreml_ane as neural_engine

@@ -28,7 +28,7 @@ from .adapter import (
     refuse_foreign_adapter,
     write_adapter,
 )
-from .decoder import decoder_function
+from .decoder import decoder_function, reward_function
 from .device import notes
 
 __all__ = [
@@ -151,7 +151,7 @@ def minimum_runtime(
 
 def readme(fields: Mapping[str, str], adapters: list[str]) -> str:
     """The bundle's README.md: how to load it on the device, with code."""
-    return device.readme(fields)
+    return device.readme(fields, adapters)
 
 
 def _model(
@@ -165,10 +165,13 @@ def _model(
 ) -> bytes:
     release = layout.release_of(plan)
     adapted = [None, *(adapter.function_of(each.adapter) for each in deployment.adapters)]
-    functions = {
-        each or "main": decoder_function(config, placed, deployment, release, each)
-        for each in adapted
-    }
+    if config.reward:
+        functions = {"main": reward_function(config, placed, deployment, release)}
+    else:
+        functions = {
+            each or "main": decoder_function(config, placed, deployment, release, each)
+            for each in adapted
+        }
     told = device.properties(name, config, tokenizer, deployment.context, digest)
     return package.model_bytes(functions, release, told)
 

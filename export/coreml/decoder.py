@@ -10,20 +10,24 @@ from __future__ import annotations
 
 import numpy as np
 
+from ...architectures import SCORE as SCORE_WEIGHT
 from ...architectures import DecoderConfig, Kind
 from ..container import Deployment
 from ..layout import Layout
 from . import skeleton
 from .blocks import SAME, Blocks, identifier
 from .layout import ROPE, Ios, zeros_of
-from .program import FLOAT16, FLOAT32, INT32, Flexible, Function, Value
-from .skeleton import LOGITS
+from .program import BOOL, FLOAT16, FLOAT32, INT32, Flexible, Function, Value
 
-__all__ = ["FULL", "IDS", "KEYS", "LOGITS", "SLIDING", "VALUES", "decoder_function", "masks"]
+__all__ = [
+    *("FULL", "IDS", "KEYS", "LOGITS", "MASKED", "SCORE", "SLIDING", "VALUES"),
+    *("decoder_function", "masks", "reward_function"),
+]
 
 IDS = "inputIds"
 FULL, SLIDING = "fullAttentionMask", "slidingAttentionMask"
-KEYS, VALUES = "keyCache", "valueCache"
+KEYS, VALUES, SCORE = "keyCache", "valueCache", "score"
+MASKED = -40000.0  # as Apple's guides: an infinite one makes what is no number
 
 
 def decoder_function(
@@ -41,6 +45,14 @@ def decoder_function(
         adapted: the name of the function, if it is that of an adapter.
     """
     return _Decoder(config, layout, deployment.context, Function(release.opset), adapted).build()
+
+
+def reward_function(
+    config: DecoderConfig, layout: Layout, deployment: Deployment, release: Ios
+) -> Function:
+    """The function `ids (1, n) -> score (1,)` float32, of a text that ends with its last id."""
+    function = Function(release.opset)
+    return _Decoder(config, layout, deployment.context, function, None).build_reward()
 
 
 def windowed(config: DecoderConfig, layer: int, context: int) -> bool:
@@ -83,6 +95,62 @@ class _Decoder(Blocks):
         stream = skeleton.layers(self, self.embedded(ids), range(config.layers))
         function.output(skeleton.head(self, stream))
         return function
+
+    def build_reward(self) -> Function:
+        """Without states: a text is read at once."""
+        function, config = self.function, self.config
+        ids = function.input(IDS, INT32, Flexible(((1, 1), (1, self.context))))
+        sizes = function.op("shape", "ids_sizes", (2,), INT32, x=ids)
+        self.total = function.op(
+            "slice_by_index", "total", (1,), INT32, x=sizes, begin=[1], end=[2]
+        )
+        self.caches, self.start = [], function.constant([0], "start")
+        self.repeated = self.made_masks()
+        self.turns = {rope: self.turns_of(index) for index, rope in enumerate(config.ropes)}
+        stream = skeleton.layers(self, self.embedded(ids), range(config.layers))
+        normed = self.norm(stream, "model.norm", FLOAT32)
+        last = function.op(
+            "slice_by_index",
+            "last",
+            (1, 1, config.hidden_size),
+            FLOAT32,
+            x=normed,
+            begin=[0, -1, 0],
+            end=[0, 0, 0],
+            end_mask=[True, True, True],
+        )
+        weighed = self.two("mul", "weighed", last, self.stored(SCORE_WEIGHT))
+        score = function.op(
+            "reduce_sum", SCORE, (1,), FLOAT32, x=weighed, axes=[1, 2], keep_dims=False
+        )
+        function.output(score)
+        return function
+
+    def made_masks(self) -> dict[bool, Value]:
+        """Masks as an app would give them, for the heads of a group: they follow from n alone."""
+        function, square = self.function, (None, None)
+        count = function.op("squeeze", "count", (), INT32, x=self.total, axes=[0])
+        places = function.op("range_1d", "places", (None,), INT32, start=0, end=count, step=1)
+        rows, columns = (
+            function.op("expand_dims", name, shape, INT32, x=places, axes=[axis])
+            for name, shape, axis in (("rows", (None, 1), 1), ("columns", (1, None), 0))
+        )
+        ahead = function.op("sub", "ahead", square, INT32, x=rows, y=columns)
+        shared, found = self.config.heads // self.config.kv_heads, {}
+        for sliding, window in masks(self.config, self.context).items():
+            name = SLIDING if sliding else FULL
+            seen = function.op("greater_equal", f"{name}_past", square, BOOL, x=ahead, y=0)
+            if window is not None:
+                near = function.op("less", f"{name}_near", square, BOOL, x=ahead, y=window)
+                seen = function.op("logical_and", f"{name}_both", square, BOOL, x=seen, y=near)
+            ones = self.cast(f"{name}_seen", seen, FLOAT16)
+            less = function.op("sub", f"{name}_less", square, x=ones, y=np.float16(1))
+            mask = function.op("mul", f"{name}_added", square, x=less, y=np.float16(-MASKED))
+            mask = function.op("expand_dims", name, (1, 1, *square), x=mask, axes=[0, 1])
+            found[sliding] = (
+                self.joined(f"{name}_of_groups", [mask] * shared, 2) if shared > 1 else mask
+            )
+        return found
 
     def given_masks(self) -> dict[bool, Value]:
         """{whether it is for windows: what is added to scores}, as far as layers need them."""
@@ -149,10 +217,14 @@ class _Decoder(Blocks):
             query = self.turned(f"{name}_query", query, *self.turns[rope])
             key = self.turned(f"{name}_key", key, *self.turns[rope])
         query = self.scaled(f"{name}_query_scaled", query, self.query_factor())
-        keys, values = (
-            self.kept(f"{name}_{what}", cache, new, layer)
-            for what, cache, new in zip(("keys", "values"), self.caches, (key, value), strict=True)
-        )
+        keys, values = key, value
+        if self.caches:
+            keys, values = (
+                self.kept(f"{name}_{what}", cache, new, layer)
+                for what, cache, new in zip(
+                    ("keys", "values"), self.caches, (key, value), strict=True
+                )
+            )
         size = config.head_dim
         query = self.reshaped(f"{name}_query_groups", query, 1, config.kv_heads, -1, size)
         mask = self.repeated[windowed(config, layer, self.context)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from string import Template
 
@@ -21,6 +21,15 @@ _TOKENIZER = (
     "Core ML has no tokenizer: the app reads tokenizer.json with Hugging Face's swift-transformers,"
     " and renders the chat template by itself."
 )
+
+
+_ADAPTERS = """
+## Adapters
+
+Each adapter is a function over the weights of the base. Its file in `adapters/` names it: set
+`settings.functionName` to ROLESthat name before a model is loaded. The function without an adapter
+is the base alone. A state belongs to one adapter: keys and values of another are not its own.
+"""
 
 
 def minimum_runtime(plan: Plan) -> Minimum:
@@ -46,10 +55,13 @@ def properties(
         "co.huggingface.exporters.name": name,
         "slimport.context_length": str(context),
         "slimport.heads": str(config.heads),
-        "slimport.vocab_size": str(config.vocab_size),
         "slimport.stop_tokens": ",".join(map(str, tokenizer.eos_ids)),
         "slimport.weights_digest": digest,
     }
+    if not config.reward:
+        found["slimport.vocab_size"] = str(config.vocab_size)
+    elif config.pad_id is not None:
+        found["slimport.pad_token"] = str(config.pad_id)
     if tokenizer.bos_id is not None:
         found["slimport.bos_token"] = str(tokenizer.bos_id)
     if (window := masks(config, context).get(True)) is not None:
@@ -57,7 +69,22 @@ def properties(
     return found
 
 
-def readme(fields: Mapping[str, str]) -> str:
-    """The bundle's README.md; `fields` fill README.bundle.md."""
-    template = Template((Path(__file__).parent / "README.bundle.md").read_text(encoding="utf-8"))
-    return template.substitute(fields)
+def readme(fields: Mapping[str, str], adapters: Sequence[str]) -> str:
+    """The bundle's README.md; `fields` fill README.bundle.md, or that of a reward model."""
+    page = "README.reward.md" if fields["kind"] == "reward" else "README.bundle.md"
+    template = Template((Path(__file__).parent / page).read_text(encoding="utf-8"))
+    return template.substitute(fields, **adapter_fields(adapters))
+
+
+def adapter_fields(adapters: Sequence[str], roles: str = "") -> dict[str, str]:
+    """What a README says of separate adapters, of their files `adapters/NAME.json`.
+
+    Args:
+        roles: what stands before the name of a function.
+    """
+    if not adapters:
+        return {"adapter_row": "", "adapter_section": ""}
+    row = "".join(
+        f"| `{each}` | the function of an adapter, in the package |\n" for each in adapters
+    )
+    return {"adapter_row": row, "adapter_section": _ADAPTERS.replace("ROLES", roles)}

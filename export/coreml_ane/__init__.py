@@ -147,7 +147,7 @@ def minimum_runtime(
 
 def readme(fields: Mapping[str, str], adapters: list[str]) -> str:
     """The bundle's README.md: how to load it on the device, with code."""
-    return device.readme(fields)
+    return device.readme(fields, adapters)
 
 
 def _files(folder: Path) -> list[reader.File]:

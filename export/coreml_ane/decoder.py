@@ -12,7 +12,7 @@ import numpy as np
 from ...architectures import DecoderConfig, Kind
 from ..coreml import skeleton
 from ..coreml.blocks import Blocks, identifier
-from ..coreml.decoder import IDS
+from ..coreml.decoder import IDS, MASKED
 from ..coreml.layout import ROPE, Ios
 from ..coreml.program import BOOL, FLOAT16, INT32, Function, Value
 from ..coreml.skeleton import LOGITS
@@ -20,7 +20,6 @@ from .layout import Part, room_of, state_of
 
 POSITION, CACHE = "position", "keyValueCache"
 HIDDEN, HANDED_ON = "hidden", "hiddenOut"
-_MASKED = -40000.0  # as Apple's guides: an infinite one makes what is no number
 
 
 def decoder_function(
@@ -104,7 +103,7 @@ class _Decoder(Blocks):
             seen = function.op("logical_and", f"{name}_both", shape, BOOL, x=seen, y=near)
         ones = self.cast(f"{name}_seen", seen, FLOAT16)
         less = function.op("sub", f"{name}_less", shape, x=ones, y=np.float16(1))
-        added = function.op("mul", f"{name}_added", shape, x=less, y=np.float16(-_MASKED))
+        added = function.op("mul", f"{name}_added", shape, x=less, y=np.float16(-MASKED))
         added = self.reshaped(f"{name}_row", added, 1, 1, *shape)
         shared = self.config.heads // self.config.kv_heads
         return self.joined(f"{name}_of_groups", [added] * shared, 2) if shared > 1 else added

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from string import Template
 
@@ -10,6 +10,8 @@ from ...architectures import DecoderConfig
 from ...tokenizer.tokenizer import Tokenizer
 from ..coreml import device
 from .layout import CHUNK
+
+_ROLES = "`decode_` and `prefill_` before "
 
 
 def properties(
@@ -20,7 +22,7 @@ def properties(
     return found | {"slimport.chunk": str(CHUNK), "slimport.packages": str(packages)}
 
 
-def readme(fields: Mapping[str, str]) -> str:
+def readme(fields: Mapping[str, str], adapters: Sequence[str]) -> str:
     """The bundle's README.md; `fields` fill README.bundle.md."""
     template = Template((Path(__file__).parent / "README.bundle.md").read_text(encoding="utf-8"))
-    return template.substitute(fields)
+    return template.substitute(fields, **device.adapter_fields(adapters, _ROLES))

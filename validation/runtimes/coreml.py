@@ -162,7 +162,39 @@ def measure(
     progress: Progress | None = None,
 ) -> Measurements:
     """Memory as the program says; no speed, because an interpreter's says nothing."""
-    memory = Memory(**_call("memory", file, progress))
+    memory = Memory(**_call("memory", file, progress, tokens=PART))
+    return Measurements(speed=(), memory=memory, rss_anon=None, rss_file=None)
+
+
+def scores(
+    file: Path,
+    texts: Sequence[Sequence[int]],
+    *,
+    exact: bool = False,
+    progress: Progress | None = None,
+) -> list[float]:
+    """The score of each text of ids by a reward model, each text alone.
+
+    Args:
+        exact: nothing is rounded to float16.
+
+    Raises:
+        BadInput: an empty text, or one longer than the package's context.
+        ValidationFailed: as `logits`.
+    """
+    found: list[float] = _call("scores", file, progress, texts=as_lists(texts), exact=exact)
+    return found
+
+
+def measure_scores(
+    file: Path,
+    context: int,
+    lengths: Sequence[int] = (),
+    *,
+    progress: Progress | None = None,
+) -> Measurements:
+    """Memory for a text of `context` tokens, as the program says; no speed."""
+    memory = Memory(**_call("memory", file, progress, tokens=context))
     return Measurements(speed=(), memory=memory, rss_anon=None, rss_file=None)
 
 

@@ -24,7 +24,7 @@ def memory(file: Path, part: int) -> Memory:
     """
     told = properties_of(file)
     heads, context, vocabulary = (
-        int(told[f"slimport.{key}"]) for key in ("heads", "context_length", "vocab_size")
+        int(told.get(f"slimport.{key}", 0)) for key in ("heads", "context_length", "vocab_size")
     )
     part = int(told.get("slimport.chunk", part))
     packages = [Package.open(bundle_of(file) / name) for name in packages_in(bundle_of(file))]

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from ...errors import BadInput
-from ...export.coreml.decoder import FULL, IDS, LOGITS, SLIDING
+from ...export.coreml.decoder import FULL, IDS, SCORE, SLIDING
 from ...export.coreml.package import bundle_of, package_of, packages_in, properties_of
+from ...export.coreml.skeleton import LOGITS
 from ...export.coreml_ane import DECODE, PREFILL, function_name
 from ...export.coreml_ane.decoder import HANDED_ON, HIDDEN, POSITION
 from ...quantize.grid import Float32
@@ -202,14 +203,14 @@ class _Text:
 
     def prompt(self, ids: Ids) -> list[Float32]:
         """Logits of the parts of a prompt, from the text's start on."""
-        self._refuse_longer(ids.size)
+        _refuse_longer(ids.size, self.context)
         chunk = self._model.chunk
         places = range(0, ids.size, chunk)
         return [self._model.run(ids[place : place + chunk], place) for place in places]
 
     def token(self, token: int, position: int) -> Float32:
         """Logits (1, vocabulary) of a token."""
-        self._refuse_longer(position + 1)
+        _refuse_longer(position + 1, self.context)
         return self._model.run(np.array([token], np.int32), position)
 
     def refuse_overflow(self) -> None:
@@ -217,13 +218,14 @@ class _Text:
         for engine in self._model.engines:
             engine.refuse_overflow()
 
-    def _refuse_longer(self, tokens: int) -> None:
-        if tokens > self.context:
-            raise BadInput(
-                f"a text of {tokens} tokens is too long",
-                f"the package is made for a context of {self.context} tokens",
-                "validate with shorter windows or prompts",
-            )
+
+def _refuse_longer(tokens: int, context: int) -> None:
+    if tokens > context:
+        raise BadInput(
+            f"a text of {tokens} tokens is too long",
+            f"the package is made for a context of {context} tokens",
+            "validate with shorter windows or prompts",
+        )
 
 
 def _logits(
@@ -269,11 +271,32 @@ def _greedy(model: _Text, prompt: Ids, max_tokens: int) -> tuple[list[int], bool
     return tokens, False
 
 
-def _memory(file: str) -> dict[str, Any]:
-    return coreml_memory.memory(Path(file), coreml.PART).to_json()
+def _scores(file: str, texts: list[list[int]], exact: bool) -> list[float]:
+    path = Path(file)
+    torch.set_num_threads(worker.threads())
+    told = properties_of(path)
+    context, padding = int(told["slimport.context_length"]), told.get("slimport.pad_token")
+    engine, found = _engine(package_of(path), [None], exact), list[float]()
+    for text in worker.counted(texts, len(texts)):
+        _refuse_longer(len(text), context)
+        while len(text) > 1 and str(text[-1]) == padding:  # as transformers: it is not scored
+            text = text[:-1]
+        given = {IDS: torch.tensor([text], dtype=torch.int32)}
+        found.append(float(engine.run(given)[SCORE][0]))
+    engine.refuse_overflow()
+    return found
 
 
-JOBS: dict[str, Any] = {"logits": _logits, "generate": _generate, "memory": _memory}
+def _memory(file: str, tokens: int) -> dict[str, Any]:
+    return coreml_memory.memory(Path(file), tokens).to_json()
+
+
+JOBS: dict[str, Any] = {
+    "logits": _logits,
+    "generate": _generate,
+    "memory": _memory,
+    "scores": _scores,
+}
 
 if __name__ == "__main__":
     worker.serve(JOBS)
