@@ -41,6 +41,7 @@ bench: setup
 	$(BIN)/python benchmarks/export_memory.py
 	$(BIN)/python benchmarks/onnx_builder.py
 	$(BIN)/python benchmarks/executorch_export.py
+	$(BIN)/python benchmarks/coreml_export.py
 
 clean:
 	rm -rf .venv dist build *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
