@@ -24,6 +24,8 @@ from ..layout import INT4, UINT2, UINT4, UINT6, Layout, Matrix, Stored
 
 Float = Literal["<f2", "<f4"]
 HEAD = RECORD = 64  # bytes before the first tensor, and before each
+_TAKES = "it multiplies codes by scales, or looks them up"
+_INSTEAD = "choose one of these, such as --preset int4, or write GGUF: --container gguf"
 ROPE, ZEROS, LEVELS = "rope.", "zeros.", "levels."
 
 
@@ -100,7 +102,7 @@ def layout(
         Unsupported: a grid that no constexpr operation holds exactly.
     """
     for choice in plan.choices:
-        refuse_grid(choice, tuple(FORMS), "Core ML cannot hold", "--container gguf")
+        refuse_grid(choice, tuple(FORMS), "Core ML cannot hold", _TAKES, _INSTEAD)
     matrices = list(matrices_of(plan))
     tensors = [tensor for choice in plan.choices for tensor in tensors_of(choice, "<f4")]
     shared = {tensor.name: tensor for matrix in matrices for tensor in _shared(matrix)}
@@ -162,18 +164,18 @@ def _shared(matrix: Matrix) -> Iterator[Stored]:
         yield Stored(f"{LEVELS}{grid.name}", "<f4", shape, (), "values")
 
 
-def refuse_grid(choice: Choice, held: Sequence[str], what: str, instead: str) -> None:
+def refuse_grid(choice: Choice, held: Sequence[str], what: str, takes: str, instead: str) -> None:
     """Raise Unsupported for a weight on a grid that is not held.
 
     Args:
         what: such as "Core ML cannot hold".
-        instead: options that do.
+        takes: what it does hold.
+        instead: what to do.
     """
     if choice.grid is None or choice.grid.name in held:
         return
     raise Unsupported(
         f"{choice.weight.name}: {what} the grid {choice.grid.name}",
-        f"no constexpr operation means the same there; exact are {', '.join(held)}",
-        f'give it one of these, such as "{choice.weight.name}" = "{held[0]}", or write another'
-        f" container: {instead}",
+        f"{takes}; exact are {', '.join(held)}",
+        instead,
     )

@@ -25,7 +25,9 @@ CHUNK = 64  # tokens of a prompt that are computed at a time
 LIMIT = 900_000_000  # bytes of a package
 LONGEST = 16_384  # of a dimension
 _SMALLEST = 32  # of a state's last dimensions
-_INSTEAD = "--target ios18-gpu"
+_TAKES = "it takes one scale for each row, or a look-up table for some rows"
+_INSTEAD = "write it for the GPU: --target ios18-gpu"
+_PRESETS = f"choose --preset lut4, lut6 or int8, or {_INSTEAD}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,10 +99,10 @@ def _refuse(config: DecoderConfig, plan: Plan) -> None:
         raise Unsupported(
             f"the Neural Engine cannot compute {config.family.model_type}",
             "its residual stream grows beyond float16, and there is no other type",
-            f"write it for the GPU: {_INSTEAD}",
+            _INSTEAD,
         )
     for choice in plan.choices:
-        refuse_grid(choice, GRIDS, "the Neural Engine cannot multiply", _INSTEAD)
+        refuse_grid(choice, GRIDS, "the Neural Engine cannot multiply", _TAKES, _PRESETS)
 
 
 def _groups(config: DecoderConfig, plan: Plan, limit: int) -> list[range]:

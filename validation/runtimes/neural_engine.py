@@ -138,7 +138,7 @@ class _Function:
         if None in shape:
             source = "Apple developer forums 724930: only the default shape runs there"
             yield self._finding("refused", operation, "has a size that is not fixed", source)
-        if kind not in ("FLOAT16", "BOOL") and operation.type not in ("concat", "slice_by_index"):
+        if kind not in ("FLOAT16", "BOOL"):
             source = "apple/coremltools#2585: it computes in float16 alone"
             yield self._finding("refused", operation, f"is {kind}", source)
         if len(shape) > 4 and operation.type in ("matmul", "mul", "add"):
