@@ -105,7 +105,7 @@ class File:
             BadInput: it is missing, has another shape or grid, or two functions, or two operations
                 of one, have two of it.
         """
-        with self._checked():
+        with self._checked(weight.name):
             names = [_name(weight.name), _name(weight.name) + _AGAIN]
             found = {
                 self._value(made, name, grid)
@@ -120,7 +120,9 @@ class File:
 
     def _value(self, made: Mapping[str, Any], name: str, grid: str | None) -> tuple[Place, ...]:
         """Where a weight lies: its numbers; or its codes, scales or levels, or both."""
-        operation = made[name]
+        operation = made.get(name)
+        if operation is None:
+            raise ValueError("it is not there")
         if grid is None:
             if operation.type != "const":
                 raise ValueError(f"{name} is made by {operation.type}")
@@ -155,16 +157,20 @@ class File:
 
     def array(self, place: Place) -> npt.NDArray[Any]:
         """The numbers of a tensor, one to an element, as Apple's library reads them too."""
-        known = _TYPES[place.kind]
+        known = _TYPES.get(place.kind)
+        if known is None:
+            raise ValueError(f"numbers are of type {place.kind}")
         count = math.prod(place.shape)
         if place.offset is None:
+            if known.bits < 8:
+                raise ValueError(f"numbers of {place.kind} lie in the program")
             return np.frombuffer(place.content, known.numpy).reshape(place.shape)
         start, size = self._record(place.offset, known.number)
         if size != -(-count * known.bits // 8):
             raise ValueError(f"{place.kind} {place.shape} does not fill {size} bytes")
         found = _numbers(self._data[start : start + size], known, count)
-        theirs = getattr(self._library, known.read)(place.offset)
-        if not np.array_equal(found, theirs.view(known.numpy)[:count]):
+        theirs, bits = getattr(self._library, known.read)(place.offset), f"u{found.itemsize}"
+        if not np.array_equal(found.view(bits), theirs.view(bits)[:count]):
             raise ValueError(f"Apple's library reads other numbers at {place.offset}")
         return found.reshape(place.shape)
 
@@ -269,14 +275,15 @@ class File:
             raise ValueError(f"{name} has other numbers")
 
     @contextmanager
-    def _checked(self) -> Iterator[None]:
+    def _checked(self, weight: str = "") -> Iterator[None]:
         """What a package that is not as it should be makes of its reader, as BadInput."""
         try:
             yield
         except BadInput:
             raise
         except (OSError, LookupError, ValueError, TypeError, AttributeError, RuntimeError) as error:
-            raise _foreign(self.name, str(error) or type(error).__name__) from error
+            why = str(error) or type(error).__name__
+            raise _foreign(self.name, why if weight in why else f"{weight}: {why}") from error
         except DecodeError as error:
             raise _foreign(self.name, "its model is not a message of Core ML") from error
 
