@@ -371,6 +371,7 @@ class FakeModel:
     """coremltools' MLModel on a Mac, over the interpreter; it keeps what it is asked for."""
 
     made: ClassVar[list[FakeModel]] = []
+    _framework_error: ClassVar[Exception | None] = None
 
     def __init__(self, path: str, compute_units: str) -> None:
         self.path, self.units = path, compute_units
@@ -451,3 +452,23 @@ def test_what_core_ml_refuses_is_told(int4: Exported, mac: list[FakeModel]) -> N
     with pytest.raises(ValidationFailed, match="Core ML cannot run the package") as failure:
         coreml.generate(int4.file, [[1, 416]], 4)
     assert failure.value.why == "it says: Error computing NN outputs."
+
+
+@pytest.mark.parametrize("said", ["it does not compile", "no state"])
+def test_a_package_that_core_ml_does_not_load(
+    said: str, int4: Exported, mac: list[FakeModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """coremltools only warns when it makes the model; some releases have no states."""
+
+    def no_state(model: FakeModel) -> object:
+        raise Exception("no state")
+
+    if said == "no state":
+        monkeypatch.setattr(FakeModel, "make_state", no_state)
+    else:
+        monkeypatch.setattr(FakeModel, "_framework_error", RuntimeError(said))
+    with pytest.raises(
+        ValidationFailed, match=r"Core ML does not load Model\.mlpackage"
+    ) as failure:
+        coreml.generate(int4.file, [[1, 5, 7]], 4)
+    assert failure.value.why == f"it says: {said}"

@@ -87,9 +87,12 @@ class _CoreML:
                 )
                 for name in functions
             }
-        self._first = self._functions[functions[0]]
-        self.inputs = [each.name for each in self._first.input_description]
-        self.reset()
+            for model in self._functions.values():
+                if model._framework_error is not None:  # it only warns
+                    raise model._framework_error
+            self._first = self._functions[functions[0]]
+            self.reset()
+        self.inputs = list(self._first.input_description)  # names, whatever their features are
 
     def reset(self) -> None:
         self._state = self._first.make_state()

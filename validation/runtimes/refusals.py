@@ -1,4 +1,4 @@
-"""Errors of ONNX Runtime and its plugins, whose kinds are not public, as one of ours."""
+"""Errors of runtimes, whose kinds are not public or not their own, as one of ours."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ def refusals(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if not (isinstance(error, RuntimeError) or type(error).__module__.startswith("onnx")):
+        plain = isinstance(error, RuntimeError) or type(error) is Exception  # as coremltools has it
+        if not (plain or type(error).__module__.startswith("onnx")):
             raise
         lines = str(error).strip().splitlines() or [type(error).__name__]
         why, cure = f"it says: {lines[0]}", "export the files again from the model"
