@@ -301,6 +301,20 @@ def test_a_program_of_another_model_is_not_shipped(
         judge.judge(case_of(int4, file), coreml, tmp_path, lambda *_: None)
 
 
+def test_memory_is_what_the_program_says(int4: Exported, here: None) -> None:
+    """By hand: 2 layers, 4 heads, 2 of them for keys of 16 numbers; runs of 90 tokens at most."""
+    found = coreml.measure(int4.file, CONTEXT, [16])
+    memory, weights = found.memory, int4.file.parent / "weights" / "weight.bin"
+    assert memory.mapped == weights.stat().st_size + int4.file.stat().st_size
+    assert memory.repacked == weights.stat().st_size
+    assert memory.kv_cache == 2 * 2 * 2 * CONTEXT * 16 * 2  # both, layers, heads, float16
+    logits, wide = CONTEXT * 416 * 2, CONTEXT * 64 * 4  # a norm in float32 is the widest
+    scores = 4 * CONTEXT * CONTEXT * 2
+    assert memory.compute == logits + 4 * wide + 2 * scores
+    assert (found.speed, found.rss_anon, found.rss_file) == ((), None, None)
+    assert coreml.memory_on(int4.file, ["arm64"], memory) == memory
+
+
 def test_the_vocabulary_and_the_tokenizer(int4: Exported, here: None) -> None:
     tokenizer = Tokenizer.open(int4.model)
     found = conformance.check(tokenizer, int4.file, coreml)

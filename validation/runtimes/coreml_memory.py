@@ -26,7 +26,7 @@ def memory(file: Path, part: int) -> Memory:
     heads, context, vocabulary = (
         int(told.get(f"slimport.{key}", 0)) for key in ("heads", "context_length", "vocab_size")
     )
-    part = int(told.get("slimport.chunk", part))
+    part = min(int(told.get("slimport.chunk", part)), context)
     packages = [Package.open(bundle_of(file) / name) for name in packages_in(bundle_of(file))]
     weights = sum(map(_weights, packages))
     programs = sum((package.folder / file.name).stat().st_size for package in packages)
