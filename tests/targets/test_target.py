@@ -20,7 +20,9 @@ def test_shipped_profiles(name: str) -> None:
     assert max(target.prompt_lengths) < target.context_length
     for limit in (*target.budgets.values(), *target.limits.values()):
         assert limit.limit > 0 and limit.source
-    assert {"device_bytes", "download_bytes", "memory_bytes", "kl_mean"} <= target.budgets.keys()
+    assert {"device_bytes", "memory_bytes", "kl_mean"} <= target.budgets.keys()
+    # The App Store limits what an app takes, Google Play what is downloaded.
+    assert ("download_bytes" in target.budgets) == (target.platform == "android")
 
 
 def test_a_device_extends_its_platform() -> None:
@@ -49,6 +51,23 @@ def test_a_gpu_has_its_container_and_cache() -> None:
     assert (target.containers, target.kv_cache) == (("executorch-vulkan",), "f32")
     assert target.budgets["gpu_nodes"].limit == target.budgets["gpu_weight_bytes"].limit == 1
     assert "GPU" in target.title
+
+
+@pytest.mark.parametrize(("name", "ios"), [("ios", 18), ("ios18-gpu", 18), ("ios26", 26)])
+def test_an_iphone_has_its_release(name: str, ios: int) -> None:
+    target = load_target(name)
+    assert (target.platform, target.ios, target.kv_cache) == ("ios", ios, "f16")
+    assert target.containers[0] == "coreml" and "gguf" in target.containers
+    assert target.context_length == 1024 and "iPhone" in target.title
+    assert target.budgets["device_bytes"].limit == target.limits["store_module"].limit == 4e9
+    assert target.hexagon is None and load_target("android").ios is None
+    assert Target.from_json(json.loads(json.dumps(target.to_json()))) == target
+
+
+def test_profiles_of_one_platform_differ_where_they_say_so() -> None:
+    phone, gpu, newer = (load_target(name) for name in ("ios", "ios18-gpu", "ios26"))
+    assert "GPU" in gpu.title and "iOS 26" in newer.title
+    assert gpu.budgets == phone.budgets == newer.budgets and gpu.limits == newer.limits
 
 
 def test_play_limits() -> None:
@@ -84,6 +103,10 @@ def test_a_users_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ('extends = "android"\nhexagon = 74', "hexagon is 74"),
         ('extends = "android"\nhexagon = true', "hexagon is True"),
         ('extends = "android"\nhexagon = "v73"', "hexagon is 'v73'"),
+        ('extends = "ios"\nios = 17', "mine.toml: ios is 17"),
+        ('extends = "ios"\nios = true', "ios is True"),
+        ('extends = "ios"\nios = "18"', "ios is '18'"),
+        ('extends = "ios"\nios = [26]', "ios is [26]"),
         ('extends = "mine.toml"', "mine.toml extends itself"),
         ('extends = "nokia"', "no target 'nokia'"),
         ('title = "x"', "mine.toml has no budgets, containers"),
