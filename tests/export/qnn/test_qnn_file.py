@@ -24,6 +24,7 @@ from slimport.export.qnn import compilation, packing, reader
 from slimport.export.qnn.chips import CHIPS, Chip
 from slimport.export.qnn.delegation import delegated
 from slimport.export.qnn.encoding import Encodings, encoding_of
+from slimport.quantize.plan import Plan
 from slimport.quantize.tensor import QuantizedTensor, weights_digest
 from slimport.targets.target import HEXAGONS
 from slimport.validation.runtimes import qnn as runtime
@@ -133,7 +134,7 @@ def test_the_chips_are_those_of_the_targets() -> None:
     assert tuple(CHIPS) == HEXAGONS
     for hexagon in (None, 68, 74):
         with pytest.raises(Unsupported, match="Hexagon processor"):
-            container.refuse_deployment(Deployment(64, hexagon=hexagon))
+            container.refuse_deployment(Plan("int4", ()), Deployment(64, hexagon=hexagon))
 
 
 def _graph_with(kind: str) -> bytes:
