@@ -14,6 +14,7 @@ from slimport import pipeline
 from slimport.errors import BadInput
 from slimport.validation import worker
 from slimport.validation.runtimes import coreml, coreml_worker, reference_worker
+from slimport.validation.runtimes.mil import functions
 
 Run = Callable[..., Any]
 CONTAINER = ["--container", "coreml", "-q"]
@@ -158,25 +159,21 @@ def test_grids_that_iOS_18_lacks_are_refused(
 
 
 @pytest.mark.filterwarnings("ignore")  # peft warns about tied tables
-def test_a_separate_adapter_is_refused(
+def test_a_separate_adapter_is_a_function_beside_the_base(
     exported: tuple[Path, Path], tiny_llama: Path, make_adapter: Any, run: Run, tmp_path: Path
 ) -> None:
+    """Over the same codes."""
     adapter = make_adapter(tiny_llama, tmp_path / "lora", 1, ["q_proj", "v_proj"])
-    words = ("--adapter", f"tone={adapter}", "--output", tmp_path / "new", "-q")
-    separate = ("--adapter-mode", "separate")
-    done = run("export", "--config", exported[0], *words, *separate)
-    assert done.code == 5, done.err
-    lines = done.err.strip().splitlines()
-    assert len(lines) == 3 and "tone cannot stay separate" in lines[0]
-    assert "--adapter-mode merged" in lines[2] and not (tmp_path / "new").exists()
-    assert run("export", "--config", exported[0], *words, "--dry-run").code == 0
-
-
-def test_a_reward_model_is_refused(
-    make_model: Any, recipe_for: Run, run: Run, tmp_path: Path
-) -> None:
-    recipe = recipe_for(tmp_path, make_model("llama", reward=True))
-    recipe.write_text(recipe.read_text().partition("[budgets]")[0])
-    done = run("export", "--config", recipe, *CONTAINER)
-    assert done.code == 5 and not (tmp_path / "dist").exists(), done.err
-    assert "reward" in done.err and len(done.err.strip().splitlines()) == 3
+    words = ("--adapter", f"tone={adapter}", "--adapter-mode", "separate", "--no-validate", "-q")
+    done = run("export", "--config", exported[0], *words, "--output", tmp_path / "new")
+    assert done.code == 0, done.err
+    folder = tmp_path / "new" / "pocket"
+    assert run("verify", folder).code == 0
+    digests = {
+        json.loads((place / "manifest.json").read_text())["weights_digest"]
+        for place in (exported[1], folder)
+    }
+    assert len(digests) == 1
+    found = functions(folder / "Model.mlpackage")
+    assert functions(exported[1] / "Model.mlpackage") == ["main"]
+    assert len(found) == 2 and any("tone" in name for name in found)

@@ -130,7 +130,7 @@ def here(at_hand: None) -> Iterator[None]:
 
 @pytest.fixture
 def short_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(coreml_worker, "_PART", 32)
+    monkeypatch.setattr(coreml, "PART", 32)
 
 
 def windows(count: int = 2, length: int = 75) -> np.ndarray[Any, np.dtype[np.int32]]:
@@ -201,10 +201,11 @@ def test_a_prompt_in_any_parts(family: str, make_model: Any, here: None, tmp_pat
     config, noise = (LAYERED, 8e-5) if family == "gemma2" else ({}, 1e-5)  # 5.9e-5 and 5.2e-6
     exported = export(make_model(family, **config), tmp_path)
     (ids,) = windows(1, 60)
-    model = coreml_worker._Model(exported.file, exact=True)
+    text = coreml_worker._Text(exported.file, True, None)
+    model = text._model
     whole = model.run(ids, 0)
     for cuts in ([1], [24, 25], [30], [59], range(1, 60)):
-        model.reset()
+        text.reset()
         places = pairwise([0, *cuts, 60])
         parts = [model.run(ids[start:stop], start) for start, stop in places]
         assert np.abs(np.concatenate(parts) - whole).max() < noise
@@ -308,9 +309,8 @@ def test_memory_is_what_the_program_says(int4: Exported, here: None) -> None:
     assert memory.mapped == weights.stat().st_size + int4.file.stat().st_size
     assert memory.repacked == weights.stat().st_size
     assert memory.kv_cache == 2 * 2 * 2 * CONTEXT * 16 * 2  # both, layers, heads, float16
-    logits, wide = CONTEXT * 416 * 2, CONTEXT * 64 * 4  # a norm in float32 is the widest
-    scores = 4 * CONTEXT * CONTEXT * 2
-    assert memory.compute == logits + 4 * wide + 2 * scores
+    logits, wide, scores = 416, 96, 4 * CONTEXT  # numbers of a token; up_proj makes the most
+    assert memory.compute == CONTEXT * 2 * (logits + 4 * wide + 2 * scores)
     assert (found.speed, found.rss_anon, found.rss_file) == ((), None, None)
     assert coreml.memory_on(int4.file, ["arm64"], memory) == memory
 
@@ -387,9 +387,9 @@ class FakeModel:
     made: ClassVar[list[FakeModel]] = []
     _framework_error: ClassVar[Exception | None] = None
 
-    def __init__(self, path: str, compute_units: str) -> None:
-        self.path, self.units = path, compute_units
-        self.interpreter = Interpreter(Path(path), rounding="fp16")
+    def __init__(self, path: str, compute_units: str, function_name: str | None) -> None:
+        self.path, self.units, self.function = path, compute_units, function_name
+        self.interpreter = Interpreter(Path(path), function_name, rounding="fp16")
         self.states: list[object] = []
         self.runs: list[tuple[int, dict[str, tuple[Any, ...]]]] = []
         FakeModel.made.append(self)
@@ -418,7 +418,7 @@ def mac(here: None, monkeypatch: pytest.MonkeyPatch) -> list[FakeModel]:
     """As if Core ML were here; the models that it loads."""
     fake = ModuleType("coremltools")
     fake.models = SimpleNamespace(MLModel=FakeModel)  # type: ignore[attr-defined]
-    fake.ComputeUnit = SimpleNamespace(CPU_AND_GPU="CPU and GPU")  # type: ignore[attr-defined]
+    fake.ComputeUnit = SimpleNamespace(CPU_AND_GPU="GPU", CPU_AND_NE="ANE")  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "coremltools", fake)
     monkeypatch.setattr(coreml, "EXECUTES", True)
     monkeypatch.setattr(FakeModel, "made", [])
@@ -436,7 +436,8 @@ def test_core_ml_is_given_what_the_package_takes(
     exported, ids = export(make_model("gemma2", **LAYERED), tmp_path), windows(2, 40)
     found = run(exported.file, tmp_path / "mac.npy", ids)
     (model,) = mac
-    assert model.path == str(tmp_path / "Model.mlpackage") and model.units == "CPU and GPU"
+    assert model.path == str(tmp_path / "Model.mlpackage")
+    assert (model.units, model.function) == ("GPU", None)
     texts = {1: [(32, 32), (4, 36), (1, 37), (1, 38), (1, 39), (1, 40)], 2: [(32, 32), (8, 40)]}
     parts = [(place, *part) for place, each in texts.items() for part in each]
     for (state, given), (place, count, total) in zip(model.runs, parts, strict=True):
@@ -486,3 +487,12 @@ def test_a_package_that_core_ml_does_not_load(
     ) as failure:
         coreml.generate(int4.file, [[1, 5, 7]], 4)
     assert failure.value.why == f"it says: {said}"
+
+
+def test_inputs_are_those_of_the_function_that_runs() -> None:
+    """A model of several has none of its own, and coremltools tells only those."""
+    description = messages("Model").ModelDescription(defaultFunctionName="base")
+    for name in ("tone", "base"):
+        description.functions.add(name=name).input.add(name=f"ids of {name}")
+    assert coreml_worker._inputs(description, None) == ["ids of base"]
+    assert coreml_worker._inputs(description, "tone") == ["ids of tone"]

@@ -92,7 +92,7 @@ class _CoreML:
                     raise model._framework_error
             self._first = self._functions[functions[0]]
             self.reset()
-        self.inputs = list(self._first.input_description)  # names, whatever their features are
+        self.inputs = _inputs(self._first.get_spec().description, functions[0])
 
     def reset(self) -> None:
         self._state = self._first.make_state()
@@ -105,6 +105,13 @@ class _CoreML:
 
     def refuse_overflow(self) -> None:
         """What it rounds inside it does not tell."""
+
+
+def _inputs(description: Any, function: str | None) -> list[str]:
+    """Of a function; coremltools' input_description has none where a model has several."""
+    several = {each.name: each for each in description.functions}
+    given = several[function or description.defaultFunctionName] if several else description
+    return [each.name for each in given.input]
 
 
 def _engine(package: Path, functions: Sequence[str | None], exact: bool) -> Engine:

@@ -7,7 +7,7 @@ import fnmatch
 import json
 import shutil
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -178,7 +178,7 @@ def test_the_manifest_has_names_that_are_not_random(
 
 def bytes_at(folder: Path, value: Any, count: int) -> tuple[bytes, bytes]:
     """The record of a tensor, and the first bytes of it."""
-    content = (folder / container.package.WEIGHTS).read_bytes()
+    content = (folder / container.package.paths().weights).read_bytes()
     start = value.blobFileValue.offset
     return content[start : start + 64], content[start + 64 : start + 64 + count]
 
@@ -246,7 +246,7 @@ def require_levels(folder: Path, grid: str, value: Any) -> None:
 def test_tensors_lie_one_after_the_other(tiny_llama: Path, in_memory: Any, tmp_path: Path) -> None:
     """A header, then a record and a tensor at multiples of 64, up to the end of the file."""
     folder = export(in_memory(tiny_llama), tiny_llama, tmp_path)
-    content = (folder / container.package.WEIGHTS).read_bytes()
+    content = (folder / container.package.paths().weights).read_bytes()
     count, version = struct.unpack_from("<II", content)
     assert version == 2 and content[8:64] == bytes(56)
     assert content[64:128] == record(4, 416 * 64, 64)  # codes of the embedding come first
@@ -263,7 +263,7 @@ def test_a_tied_table_lies_in_the_file_once(
     tiny_llama: Path, in_memory: Any, tmp_path: Path
 ) -> None:
     model = in_memory(tiny_llama)
-    content = (export(model, tiny_llama, tmp_path) / container.package.WEIGHTS).read_bytes()
+    content = (export(model, tiny_llama, tmp_path) / container.package.paths().weights).read_bytes()
     assert content.count(model.tensors[TABLE].codes.tobytes()) == 1
 
 
@@ -433,23 +433,3 @@ def test_windows_and_ropes_leave_the_context_as_it_is(make_model: Any, in_memory
     decoder = in_memory(make_model("mistral", sliding_window=24), "int8").decoder
     assert container.context_length(decoder) == decoder.context_length == 256
     assert {container.kv_cache(wanted) for wanted in ("f16", "f32", "q8_0")} == {"f16"}
-
-
-@pytest.mark.filterwarnings("ignore")  # peft warns about tied tables
-def test_adapters_do_not_stay_separate(
-    tiny_llama: Path, in_memory: Any, train_adapter: Any, read_tone: Any, tmp_path: Path
-) -> None:
-    model = in_memory(tiny_llama)
-    train_adapter(tiny_llama, tmp_path / "tone", {"target_modules": ["q_proj"], "r": 2})
-    adapter, base = read_tone(tiny_llama, tmp_path / "tone", model.decoder), model.base()
-    refusals: list[Callable[[], Any]] = [
-        lambda: container.refuse_adapter(adapter),
-        lambda: container.predict_adapter(adapter, base),
-        lambda: container.write_adapter(adapter, base, tmp_path),
-        lambda: container.check_adapter(tmp_path / "x", adapter, base),
-    ]
-    for refused in refusals:
-        with pytest.raises(Unsupported, match="tone cannot stay separate"):
-            refused()
-    with pytest.raises(BadInput, match="x is not an adapter"):
-        container.refuse_foreign_adapter(tmp_path / "x", model.weights_digest)

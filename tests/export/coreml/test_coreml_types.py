@@ -91,7 +91,7 @@ def test_types_are_those_that_coremltools_infers(
     program = load(
         spec,
         specification_version=spec.specificationVersion,
-        file_weights_dir=str((tmp_path / container.package.WEIGHTS).parent),
+        file_weights_dir=str((tmp_path / container.package.paths().weights).parent),
     )
     said, compared = declared(spec), 0
     for operation in program.functions["main"].operations:
