@@ -14,8 +14,8 @@ from .decoder import masks
 from .layout import release_of
 
 _EXECUTED = (
-    "Try the package on the iPhones that it is for before it is shipped: Core ML did not run it"
-    " here. An interpreter that reads the very same file was judged."
+    "Try the package on the iPhones that it is for before it is shipped: no phone ran it, and where"
+    " the report names the MIL interpreter, Core ML did not either."
 )
 _TOKENIZER = (
     "Core ML has no tokenizer: the app reads tokenizer.json with Hugging Face's swift-transformers,"

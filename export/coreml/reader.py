@@ -269,7 +269,10 @@ class File:
         wanted = np.zeros(found.shape, np.float32)
         if kind == "rope":
             rope, half = config.ropes[int(index)], name.endswith("sin")
-            length = 2 * found.size // rope.rotated(config.head_dim)
+            width = rope.rotated(config.head_dim) // 2
+            if width > 1 and found.shape[-1:] != (width,):
+                raise ValueError(f"{name} has shape {found.shape}")
+            length = found.size // width
             wanted = turns(rope, config.head_dim, length)[half].reshape(found.shape)
         if not np.array_equal(found, wanted.astype(found.dtype)):
             raise ValueError(f"{name} has other numbers")
@@ -339,6 +342,8 @@ def require_program(files: Sequence[File], config: DecoderConfig) -> None:
     """
     wanted = [_name(weight.name) for weight in weights(config)]
     orders = [file.orders(set(wanted)) for file in files]
+    if len({len(order) for order in orders}) > 1:
+        raise _foreign(files[0].name, "the other packages have other functions")
     for parts in zip(*orders, strict=True):
         found = list(dict.fromkeys(name for part in parts for name in part))
         if found != wanted:

@@ -494,5 +494,6 @@ def test_inputs_are_those_of_the_function_that_runs() -> None:
     description = messages("Model").ModelDescription(defaultFunctionName="base")
     for name in ("tone", "base"):
         description.functions.add(name=name).input.add(name=f"ids of {name}")
-    assert coreml_worker._inputs(description, None) == ["ids of base"]
-    assert coreml_worker._inputs(description, "tone") == ["ids of tone"]
+    for function, name in ((None, "base"), ("tone", "tone")):
+        (given,) = coreml_worker._described(description, function).input
+        assert given.name == f"ids of {name}"

@@ -75,11 +75,10 @@ class _Interpreted:
 class _CoreML:
     """Core ML itself, on a Mac."""
 
-    def __init__(self, package: Path, functions: Sequence[str | None]) -> None:
+    def __init__(self, package: Path, functions: Sequence[str | None], units: str) -> None:
         import coremltools
 
-        units = coremltools.ComputeUnit
-        unit = units.CPU_AND_GPU if functions[0] is None else units.CPU_AND_NE
+        unit = getattr(coremltools.ComputeUnit, units)
         with refusals(f"Core ML does not load {package.name}"):
             self._functions = {
                 name: coremltools.models.MLModel(
@@ -91,11 +90,13 @@ class _CoreML:
                 if model._framework_error is not None:  # it only warns
                     raise model._framework_error
             self._first = self._functions[functions[0]]
+            described = _described(self._first.get_spec().description, functions[0])
+            self._has_states = bool(described.state)
             self.reset()
-        self.inputs = _inputs(self._first.get_spec().description, functions[0])
+        self.inputs = [each.name for each in described.input]
 
     def reset(self) -> None:
-        self._state = self._first.make_state()
+        self._state = self._first.make_state() if self._has_states else None
 
     def run(self, inputs: Mapping[str, Tensor], function: str | None = None) -> dict[str, Tensor]:
         given = {name: tensor.numpy() for name, tensor in inputs.items()}
@@ -107,16 +108,17 @@ class _CoreML:
         """What it rounds inside it does not tell."""
 
 
-def _inputs(description: Any, function: str | None) -> list[str]:
-    """Of a function; coremltools' input_description has none where a model has several."""
+def _described(description: Any, function: str | None) -> Any:
+    """Inputs and states of a function; the model itself has none where it has several."""
     several = {each.name: each for each in description.functions}
-    given = several[function or description.defaultFunctionName] if several else description
-    return [each.name for each in given.input]
+    return several[function or description.defaultFunctionName] if several else description
 
 
-def _engine(package: Path, functions: Sequence[str | None], exact: bool) -> Engine:
+def _engine(
+    package: Path, functions: Sequence[str | None], exact: bool, units: str = "CPU_AND_GPU"
+) -> Engine:
     if coreml.EXECUTES and not exact:
-        return _CoreML(package, functions)
+        return _CoreML(package, functions, units)
     return _Interpreted(package, functions, exact)
 
 
@@ -171,7 +173,7 @@ class _Fixed:
         self._decode, self._prefill = (function_name(role, adapted) for role in (DECODE, PREFILL))
         functions = [self._decode, self._prefill]
         self.engines: Sequence[Engine] = [
-            _engine(bundle_of(file) / name, functions, exact) for name in names
+            _engine(bundle_of(file) / name, functions, exact, "CPU_AND_NE") for name in names
         ]
         self.chunk = int(told["slimport.chunk"])
 

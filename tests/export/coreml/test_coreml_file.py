@@ -384,7 +384,7 @@ def test_blocks_of_ggml_are_refused(grid: str, make_model: Any, in_memory: Any) 
     plan = make_plan(config, "int4", "rtn", {Q: grid})
     with pytest.raises(Unsupported, match=f"{Q}: Core ML cannot hold the grid {grid}") as failure:
         container.refuse(config, plan, Tokenizer.open(source))
-    assert "int4-g32" in failure.value.cure and "--container gguf" in failure.value.cure
+    assert "--preset int4" in failure.value.cure and "--container gguf" in failure.value.cure
     with pytest.raises(Unsupported, match=grid):
         container.predict(config, plan, Tokenizer.open(source), "name", Deployment(64))
 
