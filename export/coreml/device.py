@@ -26,9 +26,9 @@ _TOKENIZER = (
 _ADAPTERS = """
 ## Adapters
 
-Each adapter is a function over the weights of the base. Its file in `adapters/` names it: set
-`settings.functionName` to ROLESthat name before a model is loaded. The function without an adapter
-is the base alone. A state belongs to one adapter: keys and values of another are not its own.
+Each adapter is a function over the weights of the base, and its file in `adapters/` names it. Before a
+model is loaded, set `settings.functionName` to FUNCTION. The function without an adapter is the base
+alone. A state belongs to one adapter: keys and values of another are not its own.
 """
 
 
@@ -76,15 +76,15 @@ def readme(fields: Mapping[str, str], adapters: Sequence[str]) -> str:
     return template.substitute(fields, **adapter_fields(adapters))
 
 
-def adapter_fields(adapters: Sequence[str], roles: str = "") -> dict[str, str]:
+def adapter_fields(adapters: Sequence[str], function: str = "that name") -> dict[str, str]:
     """What a README says of separate adapters, of their files `adapters/NAME.json`.
 
     Args:
-        roles: what stands before the name of a function.
+        function: the name of a function, in words.
     """
     if not adapters:
         return {"adapter_row": "", "adapter_section": ""}
     row = "".join(
         f"| `{each}` | the function of an adapter, in the package |\n" for each in adapters
     )
-    return {"adapter_row": row, "adapter_section": _ADAPTERS.replace("ROLES", roles)}
+    return {"adapter_row": row, "adapter_section": _ADAPTERS.replace("FUNCTION", function)}

@@ -11,7 +11,7 @@ from ...tokenizer.tokenizer import Tokenizer
 from ..coreml import device
 from .layout import CHUNK
 
-_ROLES = "`decode_` and `prefill_` before "
+_FUNCTION = "that name behind `decode_` or `prefill_`"
 
 
 def properties(
@@ -25,4 +25,4 @@ def properties(
 def readme(fields: Mapping[str, str], adapters: Sequence[str]) -> str:
     """The bundle's README.md; `fields` fill README.bundle.md."""
     template = Template((Path(__file__).parent / "README.bundle.md").read_text(encoding="utf-8"))
-    return template.substitute(fields, **device.adapter_fields(adapters, _ROLES))
+    return template.substitute(fields, **device.adapter_fields(adapters, _FUNCTION))
