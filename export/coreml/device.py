@@ -26,8 +26,8 @@ _TOKENIZER = (
 _ADAPTERS = """
 ## Adapters
 
-Each adapter is a function over the weights of the base, and its file in `adapters/` names it. Before a
-model is loaded, set `settings.functionName` to FUNCTION. The function without an adapter is the base
+Each adapter is a function over the weights of the base; its file in `adapters/` names it. Before a
+model is loaded, set `settings.functionName` to FUNCTION. The function without one is the base
 alone. A state belongs to one adapter: keys and values of another are not its own.
 """
 
