@@ -355,12 +355,15 @@ def require_program(files: Sequence[File], config: DecoderConfig) -> None:
 
 
 def _order(block: Any, names: set[str]) -> list[str]:
-    """Those of `names` that operations take, in the order in which they are taken first."""
+    """Those of `names` that operations take, in the order in which they are taken first.
+
+    Of one operation a weight comes before its bias.
+    """
     found: dict[str, None] = {}
     for operation in block.operations:
         if operation.type == "const" or operation.type.startswith("constexpr_"):
             continue
-        for key in sorted(operation.inputs):
+        for key in sorted(operation.inputs, reverse=True):
             for argument in operation.inputs[key].arguments:
                 if argument.name in names:
                     found.setdefault(argument.name)
