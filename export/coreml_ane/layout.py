@@ -106,16 +106,20 @@ def _refuse(config: DecoderConfig, plan: Plan) -> None:
 
 
 def _groups(config: DecoderConfig, plan: Plan, limit: int) -> list[range]:
-    """Consecutive layers whose weights stay below the limit together."""
-    sizes: dict[int | None, int] = {}
+    """Consecutive layers whose weights stay below the limit together.
+
+    Of several packages the last one has a tied table too.
+    """
+    sizes, table = dict[int | None, int](), 0
     ends = {Kind.EMBEDDING: 0, Kind.HEAD: config.layers - 1, Kind.FINAL_NORM: config.layers - 1}
     for choice in plan.choices:
         layer = choice.weight.layer
         place = ends[choice.weight.kind] if layer is None else layer
         stored = sum(RECORD + tensor.nbytes for tensor in tensors_of(choice, "<f2"))
         sizes[place] = sizes.get(place, 0) + stored
-        if config.tied and choice.weight.kind is Kind.EMBEDDING and sum(sizes.values()) > limit:
-            sizes[config.layers - 1] = sizes.get(config.layers - 1, 0) + stored
+        table = stored if choice.weight.kind is Kind.EMBEDDING else table
+    if config.tied and sum(sizes.values()) > limit:
+        sizes[config.layers - 1] += table
     found, start, held = list[range](), 0, 0
     for layer in range(config.layers):
         if held and held + sizes[layer] > limit:

@@ -239,6 +239,18 @@ def test_a_large_model_is_several_packages(halves: Exported) -> None:
     assert not predicted
 
 
+def test_no_package_is_beyond_the_limit(make_model: Any) -> None:
+    """The copy of a tied table in the last one counts, which follows from all of the model."""
+    decoder = decoder_config(Checkpoint.open(make_model("llama", num_hidden_layers=9)).config)
+    plan = make_plan(decoder, "lut4", "rtn", {})
+    for limit in range(63_000, 240_000, 7_000):  # a layer and the table are 62,848 bytes
+        found = layout.parts(decoder, plan, DEPLOYMENT, limit=limit)
+        assert [n for part in found for n in part.layers] == list(range(9))
+        for part in found:
+            held = [tensor for tensor in part.layout.tensors if not tensor.name.startswith("rope")]
+            assert sum(64 + tensor.nbytes for tensor in held) <= limit
+
+
 def change(folder: Path, copy: Path, name: str, at: Callable[[bytes], int]) -> Path:
     """The packages with one bit flipped in the weights of one."""
     shutil.copytree(folder, copy)
