@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ...targets.limits import Finding, Level
-from .mil_package import Package, type_of
+from .mil_package import KINDS, Package, Type, malformed, type_of
 
 _GUIDE = "coremltools guide, "
 _PRODUCTS = ("conv", "linear", "matmul")
@@ -33,7 +33,6 @@ _ELSEWHERE = {
 _LONGEST, _CHANNELS = 16_384, 65_536
 _PACKAGE, _TOO_LARGE = 900_000_000, 1_400_000_000
 _LAYERS = 24
-_HALF_MAX = 65_504.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +40,8 @@ class Inspection:
     """What rules say of packages.
 
     Attributes:
-        operations, run: of layers and head; and of these, those that no rule keeps away.
+        operations, run: of layers and head; and of these, those that no rule keeps away: neither
+            themselves, nor their function or package.
         weight_bytes, run_bytes: bytes of the constants that they read, likewise.
         findings: with the name of the operation each.
     """
@@ -65,19 +65,12 @@ def inspect(packages: Sequence[Path]) -> Inspection:
     counts, findings = Counter[str](), list[Finding]()
     for path in packages:
         package = Package.open(path)
-        findings += _of_package(package, path.name)
-        for name in package.functions:
-            function = _Function(package, f"{path.name} {name}")
-            found = {id(operation): list(function.broken(operation)) for operation in function.body}
-            findings += [each for several in found.values() for each in several]
-            findings += function.of_states()
-            for operation in function.body:
-                size = function.weight_bytes(operation)
-                counts["operations"] += 1
-                counts["bytes"] += size
-                if not any(each.level == "refused" for each in found[id(operation)]):
-                    counts["run"] += 1
-                    counts["run_bytes"] += size
+        try:
+            findings += _inspected(package, path.name, counts)
+        except (LookupError, ValueError, RecursionError) as error:
+            raise malformed(f"{path.name}: {type(error).__name__} {error}") from error
+    if not counts["bytes"]:
+        raise malformed("nothing in it is multiplied by a weight")
     return Inspection(
         counts["operations"],
         counts["run"],
@@ -85,6 +78,30 @@ def inspect(packages: Sequence[Path]) -> Inspection:
         counts["run_bytes"],
         tuple(dict.fromkeys(findings)),
     )
+
+
+def _inspected(package: Package, name: str, counts: Counter[str]) -> Iterator[Finding]:
+    """Findings on a package; what it has is added to `counts`."""
+    of_package = list(_of_package(package, name))
+    yield from of_package
+    for each in package.functions:
+        function = _Function(package, f"{name} {each}")
+        of_states = list(function.of_states())
+        yield from of_states
+        away = _refused([*of_package, *of_states])
+        for operation in function.body:
+            found = list(function.broken(operation))
+            yield from found
+            size = function.weight_bytes(operation)
+            counts["operations"] += 1
+            counts["bytes"] += size
+            if not away and not _refused(found):
+                counts["run"] += 1
+                counts["run_bytes"] += size
+
+
+def _refused(findings: Iterable[Finding]) -> bool:
+    return any(each.level == "refused" for each in findings)
 
 
 class _Function:
@@ -99,7 +116,7 @@ class _Function:
         self.body = list(self._body())
 
     def _body(self) -> Iterator[Any]:
-        """Operations that depend on a product, and products."""
+        """Operations that depend on a product, and products; through states too."""
         after: set[str] = {given.name for given in self._inputs if given.name == "hidden"}
         for operation in self._operations:
             if operation.type == "const" or operation.type.startswith("constexpr_"):
@@ -107,6 +124,8 @@ class _Function:
             taken = {a.name for each in operation.inputs.values() for a in each.arguments}
             if operation.type in _PRODUCTS or taken & after:
                 after |= {output.name for output in operation.outputs}
+                if operation.type == "write_state":
+                    after |= {a.name for a in operation.inputs["input"].arguments}
                 yield operation
 
     def weight_bytes(self, operation: Any) -> int:
@@ -145,7 +164,7 @@ class _Function:
             source = "reports of apps: 5-D products run on the CPU"
             yield self._finding("refused", operation, f"has {len(shape)} dimensions", source)
         sizes = [size or 1 for size in shape]
-        wide = max(sizes[2:], default=1) > _LONGEST or max(sizes) > _CHANNELS
+        wide = max(sizes[2:], default=1) > _LONGEST or max(sizes, default=1) > _CHANNELS
         if wide and operation.type in _PRODUCTS:
             source = "ane-guide, sweep on M1: 65,536 channels, 16,384 along others"
             words = f"makes {' x '.join(map(str, sizes))}, more than older chips take"
@@ -153,26 +172,36 @@ class _Function:
 
     def _of_weight(self, made: Any) -> Iterator[Finding]:
         """Findings on how a weight is compressed."""
-        shapes = {
-            key: type_of(each.arguments[0].value.type.tensorType)
-            for key, each in made.inputs.items()
-            if each.arguments[0].WhichOneof("binding") == "value"
-        }
+        given = {key: each.arguments[0] for key, each in made.inputs.items()}
+        types = {key: self._type_of(argument) for key, argument in given.items()}
+        if any(map(self._decompressed, given.values())):
+            source = "apple/coremltools#2688: the load ends the app"
+            yield self._finding("refused", made, "is a look-up table times scales", source)
+            return
         if made.type == "constexpr_blockwise_shift_scale":
-            if "data" not in shapes:
-                source = "apple/coremltools#2688: the load ends the app"
-                yield self._finding("refused", made, "is a look-up table times scales", source)
-            elif math.prod(size or 1 for size in shapes["scale"][1][1:]) > 1:
+            if math.prod(size or 1 for size in types["scale"].shape[1:]) > 1:
                 source = "apple/coreai-models#279: wrong numbers; it takes scales of rows"
                 yield self._finding("refused", made, "has several scales in a row", source)
         if made.type == "constexpr_lut_to_dense":
-            kind, shape = shapes["lut"]
+            kind, shape = types["lut"]
             if kind != "FLOAT16":
                 source = "reports of apps: tables of integers leave the Neural Engine"
                 yield self._finding("refused", made, f"has a table of {kind}", source)
             if math.prod(size or 1 for size in shape[1:-2]) > 1:
                 source = f"{_GUIDE}palettization performance: tables for groups of channels alone"
                 yield self._finding("refused", made, "has tables along its columns", source)
+
+    def _type_of(self, argument: Any) -> Type:
+        if argument.WhichOneof("binding") == "value":
+            return type_of(argument.value.type.tensorType)
+        return type_of(self._made[argument.name].outputs[0].type.tensorType)
+
+    def _decompressed(self, argument: Any) -> bool:
+        """Whether an argument is a constant that the device makes of constants."""
+        if argument.WhichOneof("binding") == "value":
+            return False
+        made: str = self._made[argument.name].type
+        return made.startswith("constexpr_")
 
     def of_states(self) -> Iterator[Finding]:
         """Findings on states."""
@@ -186,7 +215,7 @@ class _Function:
             yield Finding("refused", words, "reports of apps: 3 and more fail when they run")
         for name, shape in states.items():
             sizes = [size or 0 for size in shape]
-            if len(sizes) != 4 or sizes[-1] % 32 or any(size & (size - 1) for size in sizes[1:]):
+            if len(sizes) != 4 or sizes[-1] % 32 or not all(map(_power_of_two, sizes[1:])):
                 words = f"{self.name}: the state {name} is {' x '.join(map(str, sizes))}"
                 source = "apple/coremltools#2631: its last size is a multiple of 32; SqueezeBits:"
                 yield Finding("refused", words, f"{source} powers of two, but for the first")
@@ -210,17 +239,15 @@ def _stored(made: dict[str, Any], name: str) -> Iterator[int]:
     for value in values:
         if value.WhichOneof("value") == "blobFileValue":
             kind, shape = type_of(value.type.tensorType)
-            yield -(-_BITS[kind] * math.prod(size or 1 for size in shape) // 8)
+            yield -(-KINDS[kind].bits * math.prod(size or 1 for size in shape) // 8)
 
 
-_BITS = {
-    **{"FLOAT16": 16, "FLOAT32": 32, "INT32": 32, "INT8": 8, "UINT8": 8, "INT4": 4, "UINT6": 6},
-    **{"UINT4": 4, "UINT3": 3, "UINT2": 2, "UINT1": 1, "INT16": 16, "UINT16": 16},
-}
+def _power_of_two(size: int) -> bool:
+    return size > 0 and not size & (size - 1)
 
 
 def _of_package(package: Package, name: str) -> Iterator[Finding]:
-    size = sum(path.stat().st_size for path in (package.folder / "weights").iterdir())
+    size = sum(path.stat().st_size for path in package.folder.glob("weights/*"))
     if size > _PACKAGE:
         level: Level = "refused" if size > _TOO_LARGE else "warning"
         words = f"{name} has {size / 1e9:.2f} GB of weights: it may fall to the GPU, or be killed"
