@@ -238,20 +238,24 @@ class File:
             BadInput: two functions have different ones.
         """
         with self._checked():
-            found: dict[str, Place] = {}
-            for name, made in zip(self._names, self._made, strict=True):
-                if name.removeprefix("decode_").removeprefix("prefill_") != function:
-                    continue
-                for key, operation in made.items():
-                    if operation.type == "const" and key.endswith(("_lora_a", "_lora_b")):
-                        place = self._place(operation.attributes["val"])
-                        if found.setdefault(key, place) != place:
-                            raise ValueError(f"functions have different numbers of {key}")
-            return {key: self.array(place) for key, place in found.items()}
+            found: list[dict[str, Place]] = [
+                {
+                    key: self._place(operation.attributes["val"])
+                    for key, operation in made.items()
+                    if operation.type == "const" and key.endswith(("_lora_a", "_lora_b"))
+                }
+                for name, made in zip(self._names, self._made, strict=True)
+                if name.removeprefix("decode_").removeprefix("prefill_") == function
+            ]
+            first, *others = found or [{}]
+            if any(other != first for other in others):
+                raise ValueError(f"the functions of {function} have different factors")
+            return {key: self.array(place) for key, place in first.items()}
 
-    def orders(self, names: set[str]) -> list[list[str]]:
-        """Those of `names` that operations take, in the order in which they do, by function."""
-        return [_order(block, names) for block in self._blocks]
+    def orders(self, names: set[str]) -> dict[str, list[str]]:
+        """{function: those of `names` that operations take, in the order in which they do}."""
+        found = zip(self._names, self._blocks, strict=True)
+        return {name: _order(block, names) for name, block in found}
 
     def require_tables(self, config: DecoderConfig) -> None:
         """Raise BadInput unless tables of ropes hold rotations, and empty biases zeros."""
@@ -342,10 +346,11 @@ def require_program(files: Sequence[File], config: DecoderConfig) -> None:
     """
     wanted = [_name(weight.name) for weight in weights(config)]
     orders = [file.orders(set(wanted)) for file in files]
-    if len({len(order) for order in orders}) > 1:
-        raise _foreign(files[0].name, "the other packages have other functions")
-    for parts in zip(*orders, strict=True):
-        found = list(dict.fromkeys(name for part in parts for name in part))
+    for file, order in zip(files, orders, strict=True):
+        if order.keys() != orders[0].keys():
+            raise _foreign(file.name, f"it has other functions than {files[0].name}")
+    for function in orders[0]:
+        found = list(dict.fromkeys(name for order in orders for name in order[function]))
         if found != wanted:
             pairs = zip([*found, "nothing"], [*wanted, "nothing"], strict=False)
             read, due = next(pair for pair in pairs if pair[0] != pair[1])

@@ -302,6 +302,18 @@ def test_a_table_of_ropes_that_does_not_turn_is_refused(small: Exported, tmp_pat
     assert failure.value.why == "rope_0_sin has other numbers"
 
 
+@pytest.mark.parametrize("missing", ["decode", "prefill"])
+def test_packages_have_the_same_functions(missing: str, halves: Exported, tmp_path: Path) -> None:
+    folder = shutil.copytree(halves.folder, tmp_path / "copy")
+    file = folder / paths("Model_2.mlpackage").model
+    model = messages("Model").Model.FromString(file.read_bytes())
+    del model.mlProgram.functions[missing]
+    file.write_bytes(model.SerializeToString())
+    with pytest.raises(BadInput) as failure:
+        container.check(halves.quantized, folder)
+    assert failure.value.why == "it has other functions than Model.mlpackage"
+
+
 @pytest.mark.parametrize(
     ("grid", "codes", "expected"),
     [
