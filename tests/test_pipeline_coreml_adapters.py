@@ -21,7 +21,7 @@ pytestmark = [
 
 Run = Callable[..., Any]
 TARGETS = {"coreml": "ios18-gpu", "coreml-ane": "ios18-ane"}
-FUNCTIONS = {"coreml": "", "coreml-ane": "`decode_` and `prefill_` before "}
+FUNCTIONS = {"coreml": "", "coreml-ane": " behind `decode_` or `prefill_`"}
 POCKET = """\
 extends = "{target}"
 context_length = 64
@@ -73,7 +73,7 @@ def test_the_bundle_has_a_function_for_each(packed: tuple[list[Any], Path], run:
     readme = (folder / "README.md").read_text()
     assert "`adapters/tone.json` | the function of an adapter" in readme
     assert "`adapters/b-c.json`" in readme
-    assert f"`settings.functionName` to {FUNCTIONS[container_of(folder)]}that name" in readme
+    assert f"`settings.functionName` to that name{FUNCTIONS[container_of(folder)]}." in readme
     assert run("verify", folder).code == 0
     (job,) = run("export", *given, "--dry-run", "--json").json["jobs"]
     assert job["files"] == {name: (folder / name).stat().st_size for name in job["files"]}

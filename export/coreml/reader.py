@@ -8,10 +8,8 @@ package is BadInput, never a crash or a large allocation.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,33 +24,11 @@ from ...quantize.blocks import Quantized
 from ...quantize.grid import GRIDS, Float32, Grid
 from ...quantize.palette import PALETTE_GRIDS, PaletteGrid, PaletteTensor
 from ...quantize.tensor import QuantizedTensor
-from .proto import blob_library, messages
+from .blobs import TYPES, Blobs, Place, place_of
+from .proto import messages
 
 _AGAIN = "_again"  # behind the name of a table that is made twice
-_FILE = "@model_path/weights/weight.bin"
-_MARK, _VERSION, _ALIGNMENT = 0xDEADBEEF, 2, 64
 _SCALED, _LOOKED_UP = "constexpr_blockwise_shift_scale", "constexpr_lut_to_dense"
-
-
-@dataclass(frozen=True, slots=True)
-class _Type:
-    """A type of tensors: its number in the weight file, its bits, and Apple's reader of it."""
-
-    number: int
-    bits: int
-    numpy: str
-    read: str
-
-
-_TYPES = {
-    "FLOAT16": _Type(1, 16, "<f2", "read_fp16_data"),
-    "FLOAT32": _Type(2, 32, "<f4", "read_float_data"),
-    "INT8": _Type(4, 8, "|i1", "read_int8_data"),
-    "INT4": _Type(8, 4, "|i1", "read_int4_data"),
-    "UINT2": _Type(10, 2, "|u1", "read_uint2_data"),
-    "UINT4": _Type(11, 4, "|u1", "read_uint4_data"),
-    "UINT6": _Type(13, 6, "|u1", "read_uint6_data"),
-}
 
 
 class File:
@@ -71,11 +47,7 @@ class File:
                 raise ValueError(f"its manifest names {root}")
             folder = package / "Data" / "com.apple.CoreML"
             model = messages("Model").Model.FromString((folder / "model.mlmodel").read_bytes())
-            weights = folder / "weights" / "weight.bin"
-            self._data = np.memmap(weights, np.uint8, "r")
-            _, version = (int(each) for each in self._data[:8].view("<u4"))
-            if version != _VERSION:
-                raise ValueError(f"its weight file has version {version}")
+            self._blobs = Blobs(folder / "weights" / "weight.bin")
             functions = model.mlProgram.functions
             self._names = sorted(functions)
             self._blocks = [
@@ -91,8 +63,6 @@ class File:
                 }
                 for block in self._blocks
             ]
-            self._types = messages("MIL").DataType
-            self._library = blob_library()._BlobStorageReader(str(weights))
 
     def has(self, name: str) -> bool:
         """Whether its functions hold a weight."""
@@ -126,78 +96,34 @@ class File:
         if grid is None:
             if operation.type != "const":
                 raise ValueError(f"{name} is made by {operation.type}")
-            return (self._place(operation.attributes["val"]),)
+            return (place_of(operation.attributes["val"]),)
         if grid in PALETTE_GRIDS:
             return self._looked_up(operation, name)
         if operation.type != _SCALED or "offset" in operation.inputs:
             raise ValueError(f"{name} is made by {operation.type}, or has an offset")
         data, scale = (operation.inputs[key].arguments[0] for key in ("data", "scale"))
         if data.WhichOneof("binding") == "value":
-            return self._place(data.value), self._place(scale.value)
+            return place_of(data.value), place_of(scale.value)
         codes, levels = self._looked_up(made[data.name], name)
-        return codes, self._place(scale.value), levels
+        return codes, place_of(scale.value), levels
 
     def _looked_up(self, operation: Any, name: str) -> tuple[Place, Place]:
         """Where codes and levels lie."""
         if operation.type != _LOOKED_UP or "vector_axis" in operation.inputs:
             raise ValueError(f"{name} is looked up by {operation.type}, or as vectors")
         codes, levels = (operation.inputs[key].arguments[0].value for key in ("indices", "lut"))
-        return self._place(codes), self._place(levels)
-
-    def _place(self, value: Any) -> Place:
-        tensor = value.type.tensorType
-        kind = self._types.Name(tensor.dataType)
-        sizes = (dimension.constant.size for dimension in tensor.dimensions)
-        shape = tuple(size for size in sizes if size != 1)
-        if value.WhichOneof("value") == "blobFileValue":
-            if value.blobFileValue.fileName != _FILE:
-                raise ValueError(f"a tensor lies in {value.blobFileValue.fileName}")
-            return Place(kind, shape, value.blobFileValue.offset, b"")
-        return Place(kind, shape, None, value.immediateValue.tensor.bytes.values)
-
-    def array(self, place: Place) -> npt.NDArray[Any]:
-        """The numbers of a tensor, one to an element, as Apple's library reads them too."""
-        known = _TYPES.get(place.kind)
-        if known is None:
-            raise ValueError(f"numbers are of type {place.kind}")
-        count = math.prod(place.shape)
-        if place.offset is None:
-            if known.bits < 8:
-                raise ValueError(f"numbers of {place.kind} lie in the program")
-            return np.frombuffer(place.content, known.numpy).reshape(place.shape)
-        start, size = self._record(place.offset, known.number)
-        if size != -(-count * known.bits // 8):
-            raise ValueError(f"{place.kind} {place.shape} does not fill {size} bytes")
-        found = _numbers(self._data[start : start + size], known, count)
-        theirs, bits = getattr(self._library, known.read)(place.offset), f"u{found.itemsize}"
-        if not np.array_equal(found.view(bits), theirs.view(bits)[:count]):
-            raise ValueError(f"Apple's library reads other numbers at {place.offset}")
-        return found.reshape(place.shape)
-
-    def _record(self, offset: int, number: int) -> tuple[int, int]:
-        """Where the bytes of a tensor begin, and how many they are."""
-        end = len(self._data)
-        if offset % _ALIGNMENT or not 0 < offset <= end - _ALIGNMENT:
-            raise ValueError(f"a tensor lies at {offset} of {end} bytes")
-        record = np.array(self._data[offset : offset + 32])
-        mark, kind = (int(each) for each in record[:8].view("<u4"))
-        size, start, padding = (int(each) for each in record[8:].view("<u8"))
-        if mark != _MARK or kind != number or start != offset + _ALIGNMENT:
-            raise ValueError(f"there is no tensor of type {number} at {offset}")
-        if size > end - start or padding >= 8:
-            raise ValueError(f"the tensor at {offset} has {size} bytes")
-        return start, size
+        return place_of(codes), place_of(levels)
 
     def _unpacked(
         self, places: tuple[Place, ...], weight: Weight, grid: str | None
     ) -> Quantized | Float32:
-        first = _as_shape(self.array(places[0]), weight.shape, weight.name)
+        first = _as_shape(self._blobs.array(places[0]), weight.shape, weight.name)
         if grid is None:
             wanted = "<f2" if weight.is_matrix else self._vectors
             if first.dtype != wanted:
                 raise ValueError(f"{weight.name} is {first.dtype}, not {wanted}")
             return first.astype(np.float32)
-        bits = _TYPES[places[0].kind].bits
+        bits = TYPES[places[0].kind].bits
         if grid in PALETTE_GRIDS:
             return self._of_palette(weight, PALETTE_GRIDS[grid], first, bits, places[1])
         return self._on_grid(weight, GRIDS[grid], first, places)
@@ -208,17 +134,17 @@ class File:
         shape = (len(codes) // grid.group, grid.size)
         if bits != grid.bits:
             raise ValueError(f"{weight.name} has codes of {bits} bits")
-        levels = _as_shape(self.array(place), shape, weight.name).astype(np.float32)
+        levels = _as_shape(self._blobs.array(place), shape, weight.name).astype(np.float32)
         return PaletteTensor(grid, np.ascontiguousarray(codes.view(np.int8)), levels)
 
     def _on_grid(
         self, weight: Weight, grid: Grid, codes: npt.NDArray[Any], places: tuple[Place, ...]
     ) -> QuantizedTensor:
-        if _TYPES[places[0].kind].bits != grid.bits:
+        if TYPES[places[0].kind].bits != grid.bits:
             raise ValueError(f"{weight.name} has codes of type {places[0].kind}")
         if len(places) == 3:
             levels = grid.levels or range(grid.low, grid.high + 1)
-            found = self.array(places[2])
+            found = self._blobs.array(places[2])
             wrong = found.ravel() != np.array(levels, np.float32)
             if places[2].shape != (len(levels),) or wrong.any():
                 raise ValueError(f"{weight.name} has other levels than {grid.name}")
@@ -226,7 +152,7 @@ class File:
         elif grid.levels is not None or places[0].kind not in ("INT4", "INT8"):
             raise ValueError(f"{weight.name} has no levels")
         wanted = (len(codes), grid.groups(codes.shape[1]))
-        scale = _as_shape(self.array(places[1]), wanted, weight.name).astype(np.float32)
+        scale = _as_shape(self._blobs.array(places[1]), wanted, weight.name).astype(np.float32)
         if codes.min() < grid.low or codes.max() > grid.high or not _valid(scale, grid):
             raise ValueError(f"{weight.name} has a code or a scale that {grid.name} does not have")
         return QuantizedTensor(grid, np.ascontiguousarray(codes), scale)
@@ -240,7 +166,7 @@ class File:
         with self._checked():
             found: list[dict[str, Place]] = [
                 {
-                    key: self._place(operation.attributes["val"])
+                    key: place_of(operation.attributes["val"])
                     for key, operation in made.items()
                     if operation.type == "const" and key.endswith(("_lora_a", "_lora_b"))
                 }
@@ -250,7 +176,7 @@ class File:
             first, *others = found or [{}]
             if any(other != first for other in others):
                 raise ValueError(f"the functions of {function} have different factors")
-            return {key: self.array(place) for key, place in first.items()}
+            return {key: self._blobs.array(place) for key, place in first.items()}
 
     def orders(self, names: set[str]) -> dict[str, list[str]]:
         """{function: those of `names` that operations take, in the order in which they do}."""
@@ -268,7 +194,7 @@ class File:
     def _require_table(self, name: str, value: Any, config: DecoderConfig) -> None:
         if value.WhichOneof("value") != "blobFileValue":
             return
-        found = self.array(self._place(value))
+        found = self._blobs.array(place_of(value))
         kind, index, *_ = name.split("_")
         wanted = np.zeros(found.shape, np.float32)
         if kind == "rope":
@@ -293,19 +219,6 @@ class File:
             raise _foreign(self.name, why if weight in why else f"{weight}: {why}") from error
         except DecodeError as error:
             raise _foreign(self.name, "its model is not a message of Core ML") from error
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where a tensor lies: in the weight file, or, without an offset, in the program itself.
-
-    `shape` is without sizes of 1, which operations want in different places.
-    """
-
-    kind: str
-    shape: tuple[int, ...]
-    offset: int | None
-    content: bytes
 
 
 def read_back(
@@ -373,25 +286,6 @@ def _order(block: Any, names: set[str]) -> list[str]:
                 if argument.name in names:
                     found.setdefault(argument.name)
     return list(found)
-
-
-def _numbers(raw: npt.NDArray[np.uint8], known: _Type, count: int) -> npt.NDArray[Any]:
-    """One number for each `known.bits`, the first in the lowest bits of the first byte."""
-    if known.bits >= 8:
-        return np.frombuffer(raw, known.numpy, count)
-    found: npt.NDArray[Any]
-    if known.bits in (2, 4):
-        each, mask = 8 // known.bits, np.uint8((1 << known.bits) - 1)
-        parts = np.empty((raw.size, each), np.uint8)
-        for place in range(each):
-            np.bitwise_and(raw >> np.uint8(place * known.bits), mask, out=parts[:, place])
-        found = parts.reshape(-1)[:count]
-    else:
-        bits = np.unpackbits(raw, count=count * known.bits, bitorder="little")
-        found = np.packbits(bits.reshape(count, known.bits), axis=1, bitorder="little").ravel()
-    if known.numpy == "|i1":
-        found = (found ^ np.uint8(8)).view(np.int8) - np.int8(8)
-    return found
 
 
 def _as_shape(found: npt.NDArray[Any], shape: Sequence[int], name: str) -> npt.NDArray[Any]:

@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+import numpy as np
+
 from ...architectures import DecoderConfig, Kind
 from ...errors import Unsupported
 from ...quantize.plan import Choice, Plan
@@ -99,6 +101,12 @@ def _refuse(config: DecoderConfig, plan: Plan) -> None:
         raise Unsupported(
             f"the Neural Engine cannot compute {config.family.model_type}",
             "its residual stream grows beyond float16, and there is no other type",
+            _INSTEAD,
+        )
+    if not np.float16(config.rms_norm_eps):
+        raise Unsupported(
+            f"the Neural Engine cannot add {config.rms_norm_eps:g} to the mean of a norm",
+            "float16 has no number that is so small, and there is no other type",
             _INSTEAD,
         )
     for choice in plan.choices:

@@ -261,7 +261,7 @@ def test_memory_is_what_the_program_says(small: Exported, halves: Exported, here
     assert memory.mapped == weights + small.file.stat().st_size
     assert memory.kv_cache == 2 * 4 * 2 * 128 * 32  # float16: rows, heads, positions, size
     # a chunk of: logits, four of the widest products, scores before and after the softmax
-    assert memory.compute == 2 * 64 * (416 + 4 * 96 + 2 * 4 * CONTEXT)
+    assert memory.compute == 2 * 64 * (416 + 4 * 96 + 2 * 4 * 128)
     assert coreml_ane.memory_on(small.file, ["arm64"], memory) == memory
     memory = coreml_ane.measure(halves.file, CONTEXT).memory
     both = [*halves.file.parents[3].glob("*.mlpackage/Data/*/weights/weight.bin")]

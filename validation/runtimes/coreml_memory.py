@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ...export.coreml.package import bundle_of, packages_in, properties_of
+from ...export.coreml_ane.layout import room_of
 from ..runtime import Memory
 from .mil_package import Package, type_of
 
@@ -26,7 +27,9 @@ def memory(file: Path, part: int) -> Memory:
     heads, context, vocabulary = (
         int(told.get(f"slimport.{key}", 0)) for key in ("heads", "context_length", "vocab_size")
     )
-    part = min(int(told.get("slimport.chunk", part)), context)
+    part = min(part, context)
+    if "slimport.chunk" in told:  # of fixed shapes
+        part, context = int(told["slimport.chunk"]), room_of(context)
     packages = [Package.open(bundle_of(file) / name) for name in packages_in(bundle_of(file))]
     weights = sum(map(_weights, packages))
     programs = sum((package.folder / file.name).stat().st_size for package in packages)

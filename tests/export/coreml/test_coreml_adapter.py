@@ -363,7 +363,7 @@ def test_what_an_app_reads_of_an_adapter(toned: Toned) -> None:
     fields = dict.fromkeys(f"{words} sampling stops notes kind".split(), "x")
     page = toned.container.readme(fields, ["adapters/b-c.json"])
     assert "`adapters/b-c.json` | the function of an adapter" in page and "functionName" in page
-    assert ("`decode_` and `prefill_` before" in page) == (toned.container is coreml_ane)
+    assert ("behind `decode_` or `prefill_`" in page) == (toned.container is coreml_ane)
     assert "## Adapters" not in toned.container.readme(fields, [])
 
 

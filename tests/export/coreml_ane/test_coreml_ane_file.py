@@ -415,6 +415,18 @@ def test_grids_that_it_does_not_multiply_are_refused(
     assert "--target ios18-gpu" in failure.value.cure
 
 
+def test_an_epsilon_that_float16_does_not_have_is_refused(make_model: Any) -> None:
+    for epsilon, refused in ((2e-8, True), (1e-6, False)):
+        model = make_model("llama", rms_norm_eps=epsilon)
+        decoder = decoder_config(Checkpoint.open(model).config)
+        plan = make_plan(decoder, "lut4", "rtn", {})
+        if refused:
+            with pytest.raises(Unsupported, match="cannot add 2e-08 to the mean of a norm"):
+                container.refuse(decoder, plan, Tokenizer.open(model))
+        else:
+            container.refuse(decoder, plan, Tokenizer.open(model))
+
+
 @pytest.mark.parametrize("family", ["gemma", "gemma2", "gemma3_text"])
 def test_families_that_leave_float16_are_refused(family: str, make_model: Any) -> None:
     model = make_model(family)
