@@ -177,7 +177,8 @@ def rms_norm(hidden: Tensor, weight: Tensor, config: DecoderConfig) -> Tensor:
     """Rows (..., n) over their root mean square, times the weight (n,) of the norm."""
     variance = hidden.pow(2).mean(-1, keepdim=True)
     normed = hidden * torch.rsqrt(variance + config.rms_norm_eps)
-    return normed * (weight + config.family.norm_offset)
+    offset = config.family.norm_offset
+    return normed * (weight + offset if offset else weight)  # no sum where it is traced for nothing
 
 
 def _rotate(states: Tensor, tables: Tables) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -47,32 +49,32 @@ def logits(tokens: Tensor, source: Weights, config: DecoderConfig) -> Tensor:
     return head(hidden, norm, table, config)
 
 
-class CachedDecoder(nn.Module):
-    """The whole decoder in memory, with a static KV cache: what is traced for phones.
+class TracedDecoder(nn.Module):
+    """The whole decoder run by run with a static KV cache, over weights that lie elsewhere.
 
-    Weights are parameters under their names in the checkpoint. The cache of layer n are the
-    buffers `keys_n` and `values_n`, float32 (1, kv_heads, context, head_dim).
+    The cache of layer n are the buffers `keys_n` and `values_n`, float32 (1, kv_heads, context,
+    head_dim).
+
+    Args:
+        weight: gives a weight by its name in the checkpoint.
+        turned: gives cosines and sines (2, context, rotated) of the nth of `attentions`, or None.
     """
 
-    def __init__(self, source: Weights, config: DecoderConfig, context: int) -> None:
+    def __init__(
+        self,
+        config: DecoderConfig,
+        context: int,
+        weight: Callable[[str], Tensor],
+        turned: Callable[[int], Tensor | None],
+    ) -> None:
         super().__init__()
         self.config = config
         self.context = context
+        self._weight, self._turned = weight, turned
         self._names: dict[int | None, dict[Kind, dict[str, str]]] = {}
-        for weight in weights(config):
-            *path, field = weight.name.split(".")
-            _nested(self, path).register_parameter(
-                field, nn.Parameter(read_tensor(source, weight.name), requires_grad=False)
-            )
-            kinds = self._names.setdefault(weight.layer, {})
-            kinds.setdefault(weight.kind, {})[field] = weight.name
-        attentions = [config.attention(layer) for layer in range(config.layers)]
-        self._turned: dict[LayerAttention, str] = {}
-        for attention in dict.fromkeys(attentions):
-            self._turned[attention] = f"turned_{len(self._turned)}"
-            cos, sin = rotations(attention, config.head_dim, context)
-            turned = None if cos is None or sin is None else torch.stack((cos, sin))
-            self.register_buffer(self._turned[attention], turned, persistent=False)
+        for each in weights(config):
+            kinds = self._names.setdefault(each.layer, {})
+            kinds.setdefault(each.kind, {})[each.name.rpartition(".")[2]] = each.name
         for layer in range(config.layers):
             for name in (f"keys_{layer}", f"values_{layer}"):
                 empty = torch.zeros(1, config.kv_heads, context, config.head_dim)
@@ -86,8 +88,8 @@ class CachedDecoder(nn.Module):
         """
         positions = position + torch.arange(tokens.shape[-1])
         tables: dict[LayerAttention, Tables] = {}
-        for attention, name in self._turned.items():
-            turned = getattr(self, name)
+        for index, attention in enumerate(attentions(self.config)):
+            turned = self._turned(index)
             cos, sin = (None, None) if turned is None else turned[:, positions]
             seen = seen_from(positions, torch.arange(self.context), attention.window)
             tables[attention] = Tables(cos, sin, seen)
@@ -107,9 +109,37 @@ class CachedDecoder(nn.Module):
 
     def _weights(self, layer: int | None) -> LayerWeights:
         return {
-            kind: Parameters(**{field: self.get_parameter(name) for field, name in names.items()})
+            kind: Parameters(**{field: self._weight(name) for field, name in names.items()})
             for kind, names in self._names[layer].items()
         }
+
+
+class CachedDecoder(TracedDecoder):
+    """The whole decoder in memory, with a static KV cache.
+
+    Weights are parameters under their names in the checkpoint.
+    """
+
+    def __init__(self, source: Weights, config: DecoderConfig, context: int) -> None:
+        super().__init__(config, context, self.get_parameter, self._rotations)
+        for weight in weights(config):
+            *path, field = weight.name.split(".")
+            _nested(self, path).register_parameter(
+                field, nn.Parameter(read_tensor(source, weight.name), requires_grad=False)
+            )
+        for index, attention in enumerate(attentions(config)):
+            cos, sin = rotations(attention, config.head_dim, context)
+            turned = None if cos is None or sin is None else torch.stack((cos, sin))
+            self.register_buffer(f"turned_{index}", turned, persistent=False)
+
+    def _rotations(self, index: int) -> Tensor | None:
+        turned: Tensor | None = getattr(self, f"turned_{index}")
+        return turned
+
+
+def attentions(config: DecoderConfig) -> list[LayerAttention]:
+    """What layers look at: each that differs from those before it, in their order."""
+    return list(dict.fromkeys(config.attention(layer) for layer in range(config.layers)))
 
 
 def _nested(module: nn.Module, path: list[str]) -> nn.Module:

@@ -21,6 +21,7 @@ NAMES = (
     "executorch-vulkan",
     "coreml",
     "coreml-ane",
+    "coreai",
     "qnn",
 )
 
@@ -81,6 +82,11 @@ def load(name: str) -> Pair:
             from ..validation.runtimes import coreml_ane as neural_engine
 
             return Pair(coreml_ane, neural_engine)
+        if name == "coreai":
+            from ..export import coreai
+            from ..validation.runtimes import coreai as coreai_runtime
+
+            return Pair(coreai, coreai_runtime)
         if name == "qnn":
             from ..export import qnn
             from ..validation.runtimes import qnn as emulator

@@ -202,7 +202,7 @@ def _ios(value: Any, place: Place) -> int:
     return int(value)
 
 
-IOS = (18, 26)  # releases that brought operations of Core ML; states came with the first
+IOS = (18, 26, 27)  # releases that brought operations of Core ML, states with the first; Core AI
 HEXAGONS = (73, 75, 79, 81)  # an unknown one would silently become v68
 ISA = ("arm64", "dotprod", "i8mm", "sve", "avx2", "avx512")
 KV_CACHES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")

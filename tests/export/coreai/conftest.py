@@ -1,0 +1,37 @@
+"""Programs of tiny models, made by Apple's converter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from slimport.export import coreai as container
+from slimport.export.container import Deployment
+from slimport.tokenizer.tokenizer import Tokenizer
+
+
+def write(model: Any, source: Path, target: Path, context: int = 64) -> Path:
+    """Write the files and hold them to their predicted sizes; returns the program."""
+    target.mkdir(exist_ok=True)
+    tokenizer, deployment = Tokenizer.open(source), Deployment(context, ios=27)
+    container.refuse(model.decoder, model.plan, tokenizer)
+    container.refuse_deployment(model.plan, deployment)
+    predicted = container.predict(model.decoder, model.plan, tokenizer, model.name, deployment)
+    files = container.write(model, tokenizer, target, deployment)
+    sizes = {file.relative_to(target).as_posix(): file.stat().st_size for file in files}
+    assert sizes.keys() == predicted.keys()
+    for name, size in sizes.items():
+        if name not in container.ESTIMATED:
+            assert predicted[name] == size, name
+    program = container.FILE
+    assert sizes[program] < predicted[program] < sizes[program] + 25_000, (sizes, predicted)
+    return target / program
+
+
+@pytest.fixture(scope="session")
+def export() -> Callable[..., Path]:
+    """export(model, source, target, context=64) -> main.mlirb."""
+    return write
