@@ -7,6 +7,7 @@ import platform
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -15,8 +16,9 @@ from typing import Any
 from . import bundle, log
 from .architectures import decoder_config
 from .errors import DependencyMissing
+from .export.coreai import sdk as coreai
 from .export.gguf import reader
-from .export.qnn import sdk
+from .export.qnn import sdk as qnn
 from .quantize.plan import Plan, grid_summary
 from .recipe import Recipe
 from .shipping import containers
@@ -114,8 +116,8 @@ def doctor() -> list[Check]:
     checks = [Check("python", sys.version_info >= (3, 11), platform.python_version())]
     failures = _import_failures()
     checks += [_library(name, failures.get(name)) for name in _LIBRARIES]
-    checks += [_container(name) for name in containers.NAMES if name != "qnn"]
-    return [*checks, _qnn()]
+    checks += [_container(name) for name in containers.NAMES if name not in _EXTRAS]
+    return [*checks, *(_extra(name, *extra) for name, extra in _EXTRAS.items())]
 
 
 def _container(name: str) -> Check:
@@ -125,13 +127,19 @@ def _container(name: str) -> Check:
         return Check(f"container {name}", False, error.why, error.cure)
 
 
-def _qnn() -> Check:
-    """An extra: what is missing stops no other container."""
+_EXTRAS: Mapping[str, tuple[Callable[[], None], str]] = {
+    "coreai": (coreai.require, f"{coreai.CORE} {coreai.VERSIONS[coreai.CORE]}"),
+    "qnn": (qnn.require, f"{qnn.DISTRIBUTION} {qnn.VERSION}"),
+}
+
+
+def _extra(name: str, require: Callable[[], None], found: str) -> Check:
+    """What is missing of an extra stops no other container."""
     try:
-        sdk.require()
-        return Check("container qnn", True, f"{sdk.DISTRIBUTION} {sdk.VERSION}")
+        require()
+        return Check(f"container {name}", True, found)
     except DependencyMissing as error:
-        return Check("container qnn", True, "optional: not usable here", error.cure)
+        return Check(f"container {name}", True, "optional: not usable here", error.cure)
 
 
 def _library(name: str, failure: str | None) -> Check:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -58,6 +59,7 @@ class TracedDecoder(nn.Module):
     Args:
         weight: gives a weight by its name in the checkpoint.
         turned: gives cosines and sines (2, context, rotated) of the nth of `attentions`, or None.
+        places: gives the positions of the cache, int64 (context,).
     """
 
     def __init__(
@@ -66,11 +68,12 @@ class TracedDecoder(nn.Module):
         context: int,
         weight: Callable[[str], Tensor],
         turned: Callable[[int], Tensor | None],
+        places: Callable[[], Tensor],
     ) -> None:
         super().__init__()
         self.config = config
         self.context = context
-        self._weight, self._turned = weight, turned
+        self._weight, self._turned, self._places = weight, turned, places
         self._names: dict[int | None, dict[Kind, dict[str, str]]] = {}
         for each in weights(config):
             kinds = self._names.setdefault(each.layer, {})
@@ -91,7 +94,7 @@ class TracedDecoder(nn.Module):
         for index, attention in enumerate(attentions(self.config)):
             turned = self._turned(index)
             cos, sin = (None, None) if turned is None else turned[:, positions]
-            seen = seen_from(positions, torch.arange(self.context), attention.window)
+            seen = seen_from(positions, self._places(), attention.window)
             tables[attention] = Tables(cos, sin, seen)
         top = self._weights(None)
         hidden = embed(tokens, top[Kind.EMBEDDING].weight, self.config)
@@ -121,7 +124,8 @@ class CachedDecoder(TracedDecoder):
     """
 
     def __init__(self, source: Weights, config: DecoderConfig, context: int) -> None:
-        super().__init__(config, context, self.get_parameter, self._rotations)
+        places = partial(torch.arange, context)
+        super().__init__(config, context, self.get_parameter, self._rotations, places)
         for weight in weights(config):
             *path, field = weight.name.split(".")
             _nested(self, path).register_parameter(

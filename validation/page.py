@@ -45,6 +45,7 @@ CONTAINERS = {
     "ort": "ORT",
     "qnn": "QNN",
     "coreml": "Core ML",
+    "coreai": "Core AI",
     "executorch": "ExecuTorch",
     "executorch-vulkan": "ExecuTorch Vulkan",
 }

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from ...architectures import DecoderConfig
-from ...decoder import TracedDecoder, attentions
+from ...decoder import TracedDecoder
 from ..layout import INT4, UINT2, UINT4
-from .layout import LEVELS, ROPE, Form
+from .layout import LEVELS, PLACES, ROPE, Form
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of the local version of torch, which it takes for a later one
@@ -38,14 +38,14 @@ Values = Mapping[str, Any]
 
 
 @torch.library.custom_op("slimport::held", mutates_args=())
-def held(name: str, shape: list[int]) -> Tensor:
+def held(name: str, shape: list[int], dtype: torch.dtype) -> Tensor:
     """A weight that is not there."""
-    return torch.empty(shape)
+    return torch.empty(shape, dtype=dtype)
 
 
 @held.register_fake
-def _(name: str, shape: list[int]) -> Tensor:
-    return torch.empty(shape)
+def _(name: str, shape: list[int], dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype)
 
 
 class _Program:
@@ -114,6 +114,7 @@ def _element(dtype: str) -> Any:
     made: dict[str, Callable[[], Any]] = {
         "<f4": ir.F32Type.get,
         "<f2": ir.F16Type.get,
+        "<i4": lambda: ir.IntegerType.get_signed(32),
         "|i1": lambda: ir.IntegerType.get_signed(8),
         INT4: lambda: ir.IntegerType.get_signed(4),
         UINT4: lambda: unsigned(4),
@@ -164,14 +165,19 @@ def convert(
         shapes: {source name: shape} of the weights.
     """
 
-    def turned(index: int) -> Tensor | None:
-        rope = attentions(config)[index].rope
-        if rope is None:
-            return None
-        found: Tensor = held(f"{ROPE}{index}", [2, context, rope.rotated(config.head_dim)])
+    def weight(name: str) -> Tensor:
+        found: Tensor = held(name, list(shapes[name]), torch.float32)
         return found
 
-    model = TracedDecoder(config, context, lambda name: held(name, list(shapes[name])), turned)
+    def turned(index: int) -> Tensor | None:
+        name = f"{ROPE}{index}"
+        return held(name, list(stored[name][1]), torch.float32) if name in stored else None
+
+    def places() -> Tensor:
+        found: Tensor = held(PLACES, [context], torch.int64)
+        return found
+
+    model = TracedDecoder(config, context, weight, turned, places)
     given = tuple(torch.zeros(*shape, dtype=torch.int64) for shape in ((1, _LENGTH), (1,)))
     length = {1: torch.export.Dim("n", min=1, max=context)}
     with torch.no_grad():

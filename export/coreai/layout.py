@@ -14,10 +14,11 @@ from ...architectures import DecoderConfig
 from ...decoder import attentions
 from ...errors import Unsupported
 from ...quantize.grid import GRIDS, Grid
+from ...quantize.palette import PaletteGrid
 from ...quantize.plan import Choice, Plan
 from ..layout import INT4, UINT2, UINT4, Layout, Stored
 
-LEVELS, ROPE = "levels.", "rope."
+LEVELS, ROPE, PLACES = "levels.", "rope.", "places"
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral")  # those that were run in Apple's runtime
 
 
@@ -64,6 +65,7 @@ def layout(config: DecoderConfig, plan: Plan, context: int) -> Layout:
         if attention.rope is not None:
             table = (2, context, attention.rope.rotated(config.head_dim))
             tensors.append(Stored(f"{ROPE}{index}", "<f4", table, (), "values"))
+    tensors.append(Stored(PLACES, "<i4", (context,), (), "values"))
     return Layout([], tensors)
 
 
@@ -79,11 +81,12 @@ def _tensors(choice: Choice) -> Iterator[Stored]:
         yield Stored(weight.name, "<f4", weight.shape, (choice,), "values")
         return
     if grid.name not in FORMS:
+        palette = isinstance(grid, PaletteGrid)
         raise Unsupported(
             f"{weight.name}: Core AI cannot hold the grid {grid.name}",
             f"exact there and proven are {', '.join(FORMS)}",
-            f'give it one of these, such as "{weight.name}" = "int8-row", or write another'
-            " container: --container coreml",
+            f'give it one of these, such as "{weight.name}" = "int8-row"'
+            + ("" if palette else ", or write another container: --container coreml"),
         )
     assert isinstance(grid, Grid), "FORMS has no others"
     (rows, columns), form, stem = weight.shape, form_of(choice), weight.name

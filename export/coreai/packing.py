@@ -13,12 +13,12 @@ from ...architectures.rotation import turns
 from ...decoder import attentions
 from ...errors import Unsupported
 from ...quantize.floats import exact_half
-from ...quantize.grid import GRIDS, Float32, Int8
+from ...quantize.grid import GRIDS, Int8
 from ...quantize.packing import join_pairs_of_bits, pack
 from ...quantize.store import QuantizedCheckpoint
 from ...quantize.tensor import QuantizedTensor
 from ..layout import INT4, UINT2, UINT4, Stored
-from .layout import LEVELS, ROPE, form_of
+from .layout import LEVELS, PLACES, ROPE, form_of
 
 UInt8 = npt.NDArray[np.uint8]
 _CHUNK = 1 << 21  # weights packed at a time
@@ -73,8 +73,10 @@ def _codes(codes: Int8, dtype: str) -> UInt8:
     return np.ascontiguousarray(pack(codes, 4 if dtype == INT4 else 8))
 
 
-def _shared(tensor: Stored, config: DecoderConfig) -> Float32:
-    """The levels of a grid, or the table of a rope: cosines and sines (2, context, rotated)."""
+def _shared(tensor: Stored, config: DecoderConfig) -> npt.NDArray[Any]:
+    """Levels of a grid, positions, or the table of a rope: cosines, sines (2, context, rotated)."""
+    if tensor.name == PLACES:
+        return np.arange(tensor.shape[0], dtype=tensor.dtype)
     if tensor.name.startswith(LEVELS):
         return np.array(GRIDS[tensor.name.removeprefix(LEVELS)].levels, "<f4")
     rope = attentions(config)[int(tensor.name.removeprefix(ROPE))].rope

@@ -31,6 +31,24 @@ def write(model: Any, source: Path, target: Path, context: int = 64) -> Path:
     return target / program
 
 
+GRIDS = {
+    "*.0.mlp.up_proj.weight": "nf4-g64",
+    "*.0.mlp.gate_proj.weight": "float16",
+    "*.1.self_attn.q_proj.weight": "int2-g64",
+    "*.1.self_attn.k_proj.weight": "int4-g32-signed",
+}
+
+
+@pytest.fixture(scope="session")
+def exported(
+    tiny_llama: Path, in_memory: Any, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Any, Path]:
+    """A model with every grid that is held, and the folder of its files: copy before damage."""
+    model, folder = in_memory(tiny_llama, "int4", GRIDS), tmp_path_factory.mktemp("coreai")
+    write(model, tiny_llama, folder)
+    return model, folder
+
+
 @pytest.fixture(scope="session")
 def export() -> Callable[..., Path]:
     """export(model, source, target, context=64) -> main.mlirb."""
