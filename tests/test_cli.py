@@ -169,7 +169,7 @@ def test_targets_lists_every_profile(run: Run) -> None:
         "android-onnx-gpu",
         *qnn,
         "galaxy-s24",
-        *("ios", "ios18-ane", "ios18-gpu", "ios26"),
+        *("ios", "ios18-ane", "ios18-gpu", "ios26", "ios27"),
     ]
     assert all(limit["source"] for target in found for limit in target["budgets"].values())
     assert "Samsung Galaxy S24" in run("targets").out

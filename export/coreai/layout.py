@@ -19,7 +19,8 @@ from ...quantize.plan import Choice, Plan
 from ..layout import INT4, UINT2, UINT4, Layout, Stored
 
 LEVELS, ROPE, PLACES = "levels.", "rope.", "places"
-FAMILIES = ("llama", "qwen2", "qwen3", "mistral")  # those that were run in Apple's runtime
+# Those that were run in Apple's runtime. Of others the compiler computes constants: a norm plus 1.
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "granite", "phi3")
 
 
 class Form(NamedTuple):
