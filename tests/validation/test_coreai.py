@@ -41,6 +41,7 @@ def bundle(
     return folder / "dist" / "pocket"
 
 
+@pytest.mark.slow
 @installed
 def test_an_export_from_end_to_end(bundle: Path, run: Run) -> None:
     report = json.loads((bundle / "report/report.json").read_text())
@@ -59,6 +60,7 @@ def test_an_export_from_end_to_end(bundle: Path, run: Run) -> None:
     assert run("verify", bundle).code == run("check", bundle).code == 0
 
 
+@pytest.mark.slow
 @installed
 def test_the_greedy_tokens_are_those_of_golden(bundle: Path) -> None:
     golden = json.loads((bundle / "tokenizer/golden.json").read_text())
@@ -67,6 +69,7 @@ def test_the_greedy_tokens_are_those_of_golden(bundle: Path) -> None:
     assert list(found.tokens) == first["greedy"][:3]
 
 
+@pytest.mark.slow
 @installed
 def test_a_damaged_program_is_not_judged(bundle: Path, tmp_path: Path) -> None:
     """Apple's runtime would run it without a word."""
@@ -79,6 +82,7 @@ def test_a_damaged_program_is_not_judged(bundle: Path, tmp_path: Path) -> None:
         runtime.generate(program, [[5, 6]], 1)
 
 
+@pytest.mark.slow
 @installed
 def test_a_text_longer_than_the_states_is_refused(bundle: Path, tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="too long"):
