@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 from ...errors import ValidationFailed
+from . import sdk
 
 MAGIC, VERSION = b"ML\xefR", 6
 STRINGS, BLOBS, SIZES = 0, 5, 6
@@ -185,5 +186,5 @@ def _unknown(why: str) -> ValidationFailed:
     return ValidationFailed(
         "Core AI's converter wrote a file that is not understood",
         why,
-        "install the tested release: pip install slimport[coreai]",
+        f"install the tested release: {sdk.INSTALL}",
     )

@@ -11,6 +11,7 @@ from ...errors import DependencyMissing
 
 CORE, TORCH = "coreai-core", "coreai-torch"
 VERSIONS = {CORE: "1.0.0b3", TORCH: "0.4.3"}
+INSTALL = "pip install " + " ".join(f"{name}=={wanted}" for name, wanted in VERSIONS.items())
 
 
 def require() -> None:
@@ -24,5 +25,5 @@ def require() -> None:
             raise DependencyMissing(
                 f"container coreai needs {name} {wanted}",
                 f"it is {found}; Core AI is a beta, and one release was tested",
-                "pip install slimport[coreai]",
+                INSTALL,
             )

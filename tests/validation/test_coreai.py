@@ -139,12 +139,10 @@ def test_without_the_extra_it_ends_with_its_command(
     done = run("export", "--config", recipe(recipe_for, tmp_path, tiny_llama), "-q")
     assert done.code == 6
     assert len(done.err.strip().splitlines()) == 3
-    assert "pip install slimport[coreai]" in done.err
+    assert sdk.INSTALL in done.err
     rows = run("doctor", "--json").json["checks"]
     (row,) = (row for row in rows if row["name"] == "container coreai")
-    assert (
-        row["ok"] and "optional" in row["found"] and row["cure"] == "pip install slimport[coreai]"
-    )
+    assert row["ok"] and "optional" in row["found"] and row["cure"] == sdk.INSTALL
 
 
 def test_it_takes_no_separate_adapter() -> None:

@@ -76,7 +76,7 @@ def test_another_release_and_no_release_are_exit_6(
         with pytest.raises(DependencyMissing, match=words) as failure:
             refuse(in_memory(tiny_llama), tiny_llama)
         assert failure.value.exit_code == 6
-        assert failure.value.cure == "pip install slimport[coreai]"
+        assert failure.value.cure == sdk.INSTALL
         assert len(str(failure.value).splitlines()) == 3
 
 
