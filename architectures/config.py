@@ -80,6 +80,11 @@ class DecoderConfig:
         found = (self.attention(layer).rope for layer in range(self.layers))
         return tuple(dict.fromkeys(rope for rope in found if rope is not None))
 
+    @property
+    def attentions(self) -> tuple[LayerAttention, ...]:
+        """What layers look at: each that differs from those before it, in their order."""
+        return tuple(dict.fromkeys(map(self.attention, range(self.layers))))
+
     def attention(self, layer: int) -> LayerAttention:
         """What the attention of a layer looks at."""
         windowed = self.windowed[layer]

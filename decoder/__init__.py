@@ -13,7 +13,7 @@ from .layer import (
     decoder_layer,
     load_layer,
 )
-from .model import CachedDecoder, TracedDecoder, attentions, embed, head, logits
+from .model import CachedDecoder, TracedDecoder, embed, head, logits
 from .positions import Cache, Tables, attention_tables
 
 __all__ = [
@@ -27,7 +27,6 @@ __all__ = [
     "Tables",
     "TracedDecoder",
     "attention_tables",
-    "attentions",
     "decoder_layer",
     "embed",
     "head",

@@ -58,7 +58,8 @@ class TracedDecoder(nn.Module):
 
     Args:
         weight: gives a weight by its name in the checkpoint.
-        turned: gives cosines and sines (2, context, rotated) of the nth of `attentions`, or None.
+        turned: gives cosines and sines (2, context, rotated) of the nth of
+            `config.attentions`, or None.
         places: gives the positions of the cache, int64 (context,).
     """
 
@@ -91,7 +92,7 @@ class TracedDecoder(nn.Module):
         """
         positions = position + torch.arange(tokens.shape[-1])
         tables: dict[LayerAttention, Tables] = {}
-        for index, attention in enumerate(attentions(self.config)):
+        for index, attention in enumerate(self.config.attentions):
             turned = self._turned(index)
             cos, sin = (None, None) if turned is None else turned[:, positions]
             seen = seen_from(positions, self._places(), attention.window)
@@ -131,7 +132,7 @@ class CachedDecoder(TracedDecoder):
             _nested(self, path).register_parameter(
                 field, nn.Parameter(read_tensor(source, weight.name), requires_grad=False)
             )
-        for index, attention in enumerate(attentions(config)):
+        for index, attention in enumerate(config.attentions):
             cos, sin = rotations(attention, config.head_dim, context)
             turned = None if cos is None or sin is None else torch.stack((cos, sin))
             self.register_buffer(f"turned_{index}", turned, persistent=False)
@@ -139,11 +140,6 @@ class CachedDecoder(TracedDecoder):
     def _rotations(self, index: int) -> Tensor | None:
         turned: Tensor | None = getattr(self, f"turned_{index}")
         return turned
-
-
-def attentions(config: DecoderConfig) -> list[LayerAttention]:
-    """What layers look at: each that differs from those before it, in their order."""
-    return list(dict.fromkeys(config.attention(layer) for layer in range(config.layers)))
 
 
 def _nested(module: nn.Module, path: list[str]) -> nn.Module:

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from ...architectures import DecoderConfig
-from ...decoder import attentions
 from ...errors import Unsupported
 from ...quantize.grid import GRIDS, Grid
 from ...quantize.palette import PaletteGrid
@@ -62,7 +61,7 @@ def layout(config: DecoderConfig, plan: Plan, context: int) -> Layout:
             assert levels is not None, "FORMS says that it has them"
             shape = (1, 1, len(levels), 1)
             tensors.append(Stored(f"{LEVELS}{name}", "<f4", shape, (), "values"))
-    for index, attention in enumerate(attentions(config)):
+    for index, attention in enumerate(config.attentions):
         if attention.rope is not None:
             table = (2, context, attention.rope.rotated(config.head_dim))
             tensors.append(Stored(f"{ROPE}{index}", "<f4", table, (), "values"))

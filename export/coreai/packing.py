@@ -10,19 +10,16 @@ import numpy.typing as npt
 
 from ...architectures import DecoderConfig
 from ...architectures.rotation import turns
-from ...decoder import attentions
 from ...errors import Unsupported
 from ...quantize.floats import exact_half
-from ...quantize.grid import GRIDS, Int8
-from ...quantize.packing import join_pairs_of_bits, pack
+from ...quantize.grid import GRIDS
 from ...quantize.store import QuantizedCheckpoint
 from ...quantize.tensor import QuantizedTensor
-from ..layout import INT4, UINT2, UINT4, Stored
+from ..coreml.packing import packed
+from ..layout import Stored
 from .layout import LEVELS, PLACES, ROPE, form_of
 
-UInt8 = npt.NDArray[np.uint8]
 _CHUNK = 1 << 21  # weights packed at a time
-_RAISE = np.uint8(0x88)  # adds 8 to both codes of a byte, modulo 16
 _LARGEST = 65504  # of float16
 
 
@@ -46,7 +43,7 @@ def parts(tensor: Stored, model: QuantizedCheckpoint) -> Iterator[npt.NDArray[An
         return
     step = max(1, _CHUNK // weight.shape[1])
     for start in range(0, weight.shape[0], step):
-        yield _codes(weight.codes[start : start + step], form_of(choice).codes)
+        yield packed(weight.codes[start : start + step], form_of(choice).codes)
 
 
 def _scale(name: str, weight: QuantizedTensor, dtype: str) -> npt.NDArray[Any]:
@@ -63,23 +60,13 @@ def _scale(name: str, weight: QuantizedTensor, dtype: str) -> npt.NDArray[Any]:
     return np.ascontiguousarray(exact_half(weight.scale))
 
 
-def _codes(codes: Int8, dtype: str) -> UInt8:
-    """int4 in two's complement, others as they are counted from 0 on."""
-    if dtype == UINT2:
-        raised = (codes + np.int8(1)).view(np.uint8)
-        return join_pairs_of_bits(raised.reshape(len(codes), -1, 4))
-    if dtype == UINT4:
-        return pack(codes, 4) ^ _RAISE
-    return np.ascontiguousarray(pack(codes, 4 if dtype == INT4 else 8))
-
-
 def _shared(tensor: Stored, config: DecoderConfig) -> npt.NDArray[Any]:
     """Levels of a grid, positions, or the table of a rope: cosines, sines (2, context, rotated)."""
     if tensor.name == PLACES:
         return np.arange(tensor.shape[0], dtype=tensor.dtype)
     if tensor.name.startswith(LEVELS):
         return np.array(GRIDS[tensor.name.removeprefix(LEVELS)].levels, "<f4")
-    rope = attentions(config)[int(tensor.name.removeprefix(ROPE))].rope
+    rope = config.attentions[int(tensor.name.removeprefix(ROPE))].rope
     assert rope is not None, "layout has no table without"
     pair = turns(rope, config.head_dim, tensor.shape[1])
     return np.ascontiguousarray([np.concatenate((half, half), 1) for half in pair], "<f4")

@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ...architectures import DecoderConfig, Weight, weights
+from ...architectures.rotation import turns
 from ...errors import BadInput
 from ...quantize.blocks import Quantized
 from ...quantize.grid import GRIDS, Float32, Grid
@@ -208,15 +209,19 @@ def read_back(
 
 
 def require_names(file: File, config: DecoderConfig, grids: Mapping[str, str]) -> None:
-    """Raise BadInput if there are other constants than those of the weights, levels and ropes."""
+    """Raise BadInput if there are other constants than those of the weights, levels and ropes.
+
+    And unless those that are no weights hold what they are made of.
+    """
     wanted = {"places"}
     for weight in weights(config):
         stem = weight.name.removesuffix(".weight")
         quantized = weight.name in grids
         wanted |= {f"{stem}.codes", f"{stem}.scale"} if quantized else {weight.name}
     wanted |= {f"levels.{grid}" for grid in grids.values() if grid == "nf4-g64"}
-    seen = dict.fromkeys(config.attention(layer) for layer in range(config.layers))
-    ropes = {f"rope.{index}": each.rope for index, each in enumerate(seen) if each.rope}
+    ropes = {
+        f"rope.{index}": each.rope for index, each in enumerate(config.attentions) if each.rope
+    }
     wanted |= ropes.keys()
     if differ := sorted(wanted ^ file.blobs.keys()):
         _broken(f"the first of {len(differ)} constants that are missing or too many is {differ[0]}")
@@ -224,7 +229,9 @@ def require_names(file: File, config: DecoderConfig, grids: Mapping[str, str]) -
     if not np.array_equal(file.array("places", "<i4", (context,)), np.arange(context)):
         _broken("places are not the positions of a text")
     for name, rope in ropes.items():
-        file.array(name, "<f4", (2, context, rope.rotated(config.head_dim)))
+        found = file.array(name, "<f4", (2, context, rope.rotated(config.head_dim)))
+        if not np.array_equal(found, np.tile(turns(rope, config.head_dim, context), 2)):
+            _broken(f"{name} has other numbers")
     for grid in set(grids.values()) & {"nf4-g64"}:
         levels = file.array(f"levels.{grid}", "<f4", (16,))
         if not np.array_equal(levels, np.array(GRIDS[grid].levels, np.float32)):

@@ -95,7 +95,7 @@ def parts(tensor: Stored, model: QuantizedCheckpoint) -> Iterator[npt.NDArray[An
         return
     step = max(1, _CHUNK // weight.shape[1])
     for start in range(0, weight.shape[0], step):
-        yield _codes(weight.codes[start : start + step], form_of(choice).codes)
+        yield packed(weight.codes[start : start + step], form_of(choice).codes)
 
 
 def _palette_codes(weight: PaletteTensor) -> Iterator[UInt8]:
@@ -121,8 +121,8 @@ def _turned(tensor: Stored, config: DecoderConfig) -> npt.NDArray[Any]:
     return np.ascontiguousarray(pair[which == "sin"], tensor.dtype)
 
 
-def _codes(codes: Int8, dtype: str) -> UInt8:
-    """Low bits first; int4 in two's complement, indices from 0 on."""
+def packed(codes: Int8, dtype: str) -> UInt8:
+    """Codes of some rows, low bits first; int4 in two's complement, indices from 0 on."""
     if dtype == UINT2:
         raised = (codes + np.int8(1)).view(np.uint8)
         return join_pairs_of_bits(raised.reshape(len(codes), -1, 4))

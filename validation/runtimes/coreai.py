@@ -14,7 +14,6 @@ from typing import Any
 from ...checkpoint import read_json
 from ...errors import BadInput
 from ...export.coreai import sdk
-from ...export.coreml.tokenizer import SETTINGS, TOKENIZER
 from .. import worker
 from ..runtime import (
     SAME_MODEL,
@@ -29,6 +28,7 @@ from ..runtime import (
     refuse_missing,
 )
 from ..worker import Progress
+from . import shipped_tokenizer
 
 EXECUTES = True  # Apple's runtime ran the shipped file; UNKNOWN says where it did not
 PREDICTED = ("mapped", "repacked", "kv_cache", "compute")  # computed from the file
@@ -105,21 +105,12 @@ def exact_logits(file: Path, windows: Ids, out: Path, *, adapter: Path | None = 
 
 def tokenize(file: Path, texts: Sequence[str]) -> list[list[int]]:
     """Ids by the tokenizers library from the shipped tokenizer.json: what an app must give."""
-    library = _library(file)
-    return [list(library.encode(text, add_special_tokens=False).ids) for text in texts]
+    return shipped_tokenizer.tokenize(file.parents[1], texts)
 
 
 def vocabulary(file: Path) -> Vocabulary:
     """What the file and those beside it say to an app."""
-    notes, settings = told(file), read_json(file.parents[1] / SETTINGS)
-    bos = notes.get("slimport.bos_token")
-    return Vocabulary(
-        size=_library(file).get_vocab_size(with_added_tokens=True),
-        eog=tuple(int(each) for each in notes["slimport.stop_tokens"].split(",") if each),
-        bos=None if bos is None else int(bos),
-        adds_bos=bool(settings["add_bos_token"]),
-        chat_template=settings.get("chat_template"),
-    )
+    return shipped_tokenizer.vocabulary(file.parents[1], told(file))
 
 
 def render(file: Path, chats: Sequence[Any]) -> None:
@@ -197,15 +188,6 @@ def _memory(file: Path, context: int) -> Memory:
         kv_cache=_FLOAT * notes["states"] * context,
         compute=_FLOAT * part * width,
     )
-
-
-def _library(file: Path) -> Any:
-    from tokenizers import Tokenizer
-
-    library = Tokenizer.from_file(str(file.parents[1] / TOKENIZER))
-    library.no_truncation()
-    library.no_padding()
-    return library
 
 
 def _call(job: str, file: Path, progress: Progress | None = None, **arguments: Any) -> Any:

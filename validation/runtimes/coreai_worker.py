@@ -9,15 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from ...errors import BadInput
 from ...export.coreai import reader
 from ...quantize.grid import Float32
 from .. import worker
-from ..logits import writer
 from . import coreai
+from .continued import Ids, greedy, write_logits
 from .refusals import refusals
+from .shipped_tokenizer import stops
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -25,8 +24,6 @@ with warnings.catch_warnings():
     from coreai.runtime import NDArray
 
 _FUNCTION, _INPUTS, _OUTPUT = "main", ("tokens", "position"), "logits"
-
-Ids = npt.NDArray[np.int32]
 
 
 class _Text:
@@ -41,7 +38,7 @@ class _Text:
         told = coreai.told(file)
         self.context = int(told["slimport.context_length"])
         self.vocab_size = int(told["slimport.vocab_size"])
-        self.stops = {int(each) for each in told["slimport.stop_tokens"].split(",") if each}
+        self.stops = stops(told)
         self._loop = asyncio.new_event_loop()
         with refusals("Core AI does not load the model"):
             asset = AIModelAsset.load(file.parent)
@@ -58,14 +55,15 @@ class _Text:
             for name in described.state_names
         }
 
-    def run(self, ids: Ids, position: int) -> Float32:
-        """Logits (n, vocabulary) of ids (n,), the first at `position`."""
-        if position + ids.size > self.context:
-            raise BadInput(
-                f"a text of {position + ids.size} tokens is too long",
-                f"the model is made for a context of {self.context} tokens",
-                "validate with shorter windows or prompts",
-            )
+    def prompt(self, ids: Ids) -> list[Float32]:
+        """Logits (n, vocabulary) of a text's start, at once."""
+        return [self._run(ids, 0)]
+
+    def token(self, token: int, position: int) -> Float32:
+        """Logits (1, vocabulary) of a token."""
+        return self._run(np.array([token], np.int32), position)
+
+    def _run(self, ids: Ids, position: int) -> Float32:
         places = np.array([position], np.int32)
         given = {_INPUTS[0]: NDArray(ids[None]), _INPUTS[1]: NDArray(places)}
         with refusals("Core AI cannot run the model"):
@@ -78,39 +76,11 @@ class _Text:
 
 
 def _logits(file: str, windows: list[list[int]], out: str) -> None:
-    ids, model = np.array(windows, np.int32), _Text(Path(file))
-    first = max(1, ids.shape[1] - coreai.DECODED)
-    with writer(Path(out), (*ids.shape, model.vocab_size)) as target:
-        for index, window in worker.counted(enumerate(ids), len(ids)):
-            model.reset()
-            split = first if index == 0 else window.size
-            parts = [(0, split), *((place, place + 1) for place in range(split, window.size))]
-            for start, stop in parts:
-                rows = model.run(np.ascontiguousarray(window[start:stop]), start)
-                target.write(np.ascontiguousarray(rows).data)
+    write_logits(_Text(Path(file)), windows, out, coreai.DECODED)
 
 
 def _generate(file: str, prompts: list[list[int]], max_tokens: int) -> list[tuple[list[int], bool]]:
-    model = _Text(Path(file))
-    return [
-        _greedy(model, np.array(prompt, np.int32), max_tokens)
-        for prompt in worker.counted(prompts, len(prompts))
-    ]
-
-
-def _greedy(model: _Text, prompt: Ids, max_tokens: int) -> tuple[list[int], bool]:
-    model.reset()
-    tokens: list[int] = []
-    row = model.run(prompt, 0)[-1]
-    for place in range(prompt.size, prompt.size + max_tokens):
-        token = int(row.argmax())
-        if token in model.stops:
-            return tokens, True
-        tokens.append(token)
-        if len(tokens) == max_tokens or place >= model.context:
-            break
-        row = model.run(np.array([token], np.int32), place)[-1]
-    return tokens, False
+    return greedy(_Text(Path(file)), prompts, max_tokens)
 
 
 if __name__ == "__main__":

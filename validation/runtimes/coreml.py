@@ -14,10 +14,8 @@ from importlib.metadata import version as distribution
 from pathlib import Path
 from typing import Any
 
-from ...checkpoint import read_json
 from ...export.coreml.adapter import read
 from ...export.coreml.package import bundle_of, properties_of
-from ...export.coreml.tokenizer import SETTINGS, TOKENIZER
 from ...tokenizer.conformance import Chat
 from .. import worker
 from ..runtime import (
@@ -32,6 +30,7 @@ from ..runtime import (
     refuse_missing,
 )
 from ..worker import Progress
+from . import shipped_tokenizer
 
 EXECUTES = sys.platform == "darwin"
 PREDICTED = ("mapped", "repacked", "kv_cache", "compute")  # computed from the package
@@ -104,28 +103,12 @@ def exact_logits(
 
 def tokenize(file: Path, texts: Sequence[str]) -> list[list[int]]:
     """Ids by the tokenizers library from the shipped tokenizer.json: what an app must give."""
-    from tokenizers import Tokenizer
-
-    library = Tokenizer.from_file(str(bundle_of(file) / TOKENIZER))
-    library.no_truncation()
-    library.no_padding()
-    return [list(library.encode(text, add_special_tokens=False).ids) for text in texts]
+    return shipped_tokenizer.tokenize(bundle_of(file), texts)
 
 
 def vocabulary(file: Path) -> Vocabulary:
     """What the package and the files beside it say to an app."""
-    from tokenizers import Tokenizer
-
-    told, settings = properties_of(file), read_json(bundle_of(file) / SETTINGS)
-    library = Tokenizer.from_file(str(bundle_of(file) / TOKENIZER))
-    bos = told.get("slimport.bos_token")
-    return Vocabulary(
-        size=library.get_vocab_size(with_added_tokens=True),
-        eog=tuple(int(each) for each in told["slimport.stop_tokens"].split(",") if each),
-        bos=None if bos is None else int(bos),
-        adds_bos=bool(settings["add_bos_token"]),
-        chat_template=settings.get("chat_template"),
-    )
+    return shipped_tokenizer.vocabulary(bundle_of(file), properties_of(file))
 
 
 def render(file: Path, chats: Sequence[Chat]) -> None:

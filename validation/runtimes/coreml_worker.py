@@ -10,11 +10,9 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ...errors import BadInput
 from ...export.coreml.decoder import FULL, IDS, SCORE, SLIDING
 from ...export.coreml.package import bundle_of, package_of, packages_in, properties_of
 from ...export.coreml.skeleton import LOGITS
@@ -22,14 +20,13 @@ from ...export.coreml_ane import DECODE, PREFILL, function_name
 from ...export.coreml_ane.decoder import HANDED_ON, HIDDEN, POSITION
 from ...quantize.grid import Float32
 from .. import worker
-from ..logits import writer
 from . import coreml, coreml_memory, mil
+from .continued import Ids, greedy, refuse_longer, write_logits
 from .refusals import refusals
+from .shipped_tokenizer import stops
 
 _DECODED = 4  # tokens of the first window that are given one by one
 _MASKED = float(np.finfo(np.float16).min)
-
-Ids = npt.NDArray[np.int32]
 
 
 class Engine(Protocol):
@@ -52,11 +49,13 @@ class Engine(Protocol):
 class _Interpreted:
     """The MIL interpreter."""
 
-    def __init__(self, package: Path, functions: Sequence[str | None], exact: bool) -> None:
+    def __init__(
+        self, package: Path, functions: Sequence[str | None], exact: bool, room: int
+    ) -> None:
         self._states = mil.States()
         rounding: Literal["fp16", "fp32"] = "fp32" if exact else "fp16"
         self._functions = {
-            name: mil.Interpreter(package, name, rounding=rounding, states=self._states)
+            name: mil.Interpreter(package, name, rounding=rounding, room=room, states=self._states)
             for name in functions
         }
         self.inputs = self._functions[functions[0]].inputs.keys()
@@ -115,11 +114,16 @@ def _described(description: Any, function: str | None) -> Any:
 
 
 def _engine(
-    package: Path, functions: Sequence[str | None], exact: bool, units: str = "CPU_AND_GPU"
+    package: Path,
+    functions: Sequence[str | None],
+    exact: bool,
+    units: str = "CPU_AND_GPU",
+    room: int = mil.ROOM,
 ) -> Engine:
+    """`room`: bytes that each function may take for weights in float32."""
     if coreml.EXECUTES and not exact:
         return _CoreML(package, functions, units)
-    return _Interpreted(package, functions, exact)
+    return _Interpreted(package, functions, exact, room)
 
 
 class Model(Protocol):
@@ -172,8 +176,9 @@ class _Fixed:
         names = packages_in(bundle_of(file))
         self._decode, self._prefill = (function_name(role, adapted) for role in (DECODE, PREFILL))
         functions = [self._decode, self._prefill]
+        room = mil.ROOM // (len(names) * len(functions))
         self.engines: Sequence[Engine] = [
-            _engine(bundle_of(file) / name, functions, exact, "CPU_AND_NE") for name in names
+            _engine(bundle_of(file) / name, functions, exact, "CPU_AND_NE", room) for name in names
         ]
         self.chunk = int(told["slimport.chunk"])
 
@@ -205,7 +210,7 @@ class _Text:
         told = properties_of(file)
         self.context = int(told["slimport.context_length"])
         self.vocab_size = int(told["slimport.vocab_size"])
-        self.stops = {int(each) for each in told["slimport.stop_tokens"].split(",") if each}
+        self.stops = stops(told)
         opened = _Fixed if "slimport.chunk" in told else _Flexible
         self._model: Model = opened(file, told, exact, adapted)
 
@@ -215,14 +220,12 @@ class _Text:
 
     def prompt(self, ids: Ids) -> list[Float32]:
         """Logits of the parts of a prompt, from the text's start on."""
-        _refuse_longer(ids.size, self.context)
         chunk = self._model.chunk
         places = range(0, ids.size, chunk)
         return [self._model.run(ids[place : place + chunk], place) for place in places]
 
     def token(self, token: int, position: int) -> Float32:
         """Logits (1, vocabulary) of a token."""
-        _refuse_longer(position + 1, self.context)
         return self._model.run(np.array([token], np.int32), position)
 
     def refuse_overflow(self) -> None:
@@ -231,28 +234,11 @@ class _Text:
             engine.refuse_overflow()
 
 
-def _refuse_longer(tokens: int, context: int) -> None:
-    if tokens > context:
-        raise BadInput(
-            f"a text of {tokens} tokens is too long",
-            f"the package is made for a context of {context} tokens",
-            "validate with shorter windows or prompts",
-        )
-
-
 def _logits(
     file: str, windows: list[list[int]], out: str, exact: bool, adapted: str | None
 ) -> None:
-    ids, model = np.array(windows, np.int32), _Text(Path(file), exact, adapted)
-    first = max(1, ids.shape[1] - _DECODED)
-    with writer(Path(out), (*ids.shape, model.vocab_size)) as target:
-        for index, window in worker.counted(enumerate(ids), len(ids)):
-            model.reset()
-            split = first if index == 0 else window.size
-            rows = model.prompt(window[:split])
-            rows += [model.token(window[place], place) for place in range(split, window.size)]
-            for part in rows:
-                target.write(np.ascontiguousarray(part).data)
+    model = _Text(Path(file), exact, adapted)
+    write_logits(model, windows, out, _DECODED)
     model.refuse_overflow()
 
 
@@ -260,27 +246,9 @@ def _generate(
     file: str, prompts: list[list[int]], max_tokens: int, adapted: str | None
 ) -> list[tuple[list[int], bool]]:
     model = _Text(Path(file), False, adapted)
-    found = [
-        _greedy(model, np.array(prompt, np.int32), max_tokens)
-        for prompt in worker.counted(prompts, len(prompts))
-    ]
+    found = greedy(model, prompts, max_tokens)
     model.refuse_overflow()
     return found
-
-
-def _greedy(model: _Text, prompt: Ids, max_tokens: int) -> tuple[list[int], bool]:
-    model.reset()
-    tokens: list[int] = []
-    row = model.prompt(prompt)[-1][-1]
-    for place in range(prompt.size, prompt.size + max_tokens):
-        token = int(row.argmax())
-        if token in model.stops:
-            return tokens, True
-        tokens.append(token)
-        if len(tokens) == max_tokens or place >= model.context:
-            break
-        row = model.token(token, place)[-1]
-    return tokens, False
 
 
 def _scores(file: str, texts: list[list[int]], exact: bool) -> list[float]:
@@ -290,7 +258,7 @@ def _scores(file: str, texts: list[list[int]], exact: bool) -> list[float]:
     context, padding = int(told["slimport.context_length"]), told.get("slimport.pad_token")
     engine, found = _engine(package_of(path), [None], exact), list[float]()
     for text in worker.counted(texts, len(texts)):
-        _refuse_longer(len(text), context)
+        refuse_longer(len(text), context)
         while len(text) > 1 and str(text[-1]) == padding:  # as transformers: it is not scored
             text = text[:-1]
         given = {IDS: torch.tensor([text], dtype=torch.int32)}

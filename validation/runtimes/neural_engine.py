@@ -110,7 +110,7 @@ class _Function:
     def __init__(self, package: Package, name: str) -> None:
         _, _, function = name.partition(" ")
         message = package.model.mlProgram.functions[function]
-        self.name, self._package, self._inputs = name, package, message.inputs
+        self.name, self._inputs = name, message.inputs
         self._operations = message.block_specializations[message.opset].operations
         self._made = {o.name: each for each in self._operations for o in each.outputs}
         self.body = list(self._body())

@@ -34,6 +34,7 @@ from ..runtime import (
     refuse_missing,
 )
 from ..worker import Progress
+from . import shipped_tokenizer
 
 EXECUTES = True
 PREDICTED = ("mapped", "repacked", "kv_cache", "compute")  # the emulator's own say nothing
@@ -116,15 +117,14 @@ def exact_logits(file: Path, windows: Ids, out: Path, *, adapter: Path | None = 
 
 def tokenize(file: Path, texts: Sequence[str]) -> list[list[int]]:
     """Ids by the tokenizers library from the shipped tokenizer.json: what an app must use."""
-    library = _library(file)
-    return [list(library.encode(text, add_special_tokens=False).ids) for text in texts]
+    return shipped_tokenizer.tokenize(file.parent, texts)
 
 
 def vocabulary(file: Path) -> Vocabulary:
     """What qnn.json and tokenizer.json say to an app."""
     tokens = read_json(file.parent / "qnn.json")["tokens"]
     return Vocabulary(
-        size=_library(file).get_vocab_size(with_added_tokens=True),
+        size=shipped_tokenizer.library(file.parent).get_vocab_size(with_added_tokens=True),
         eog=tuple(tokens["ends"]),
         bos=tokens["bos"],
         adds_bos=tokens["adds_bos"],
@@ -209,15 +209,6 @@ def _multiplied(folder: Path) -> dict[int, float]:
 
 def _delegated(folder: Path, name: str) -> Delegated:
     return delegated(folder / "qdq" / f"{name}.onnx", folder / f"{name}.onnx")
-
-
-def _library(file: Path) -> Any:
-    from tokenizers import Tokenizer
-
-    library = Tokenizer.from_file(str(file.parent / "tokenizer.json"))
-    library.no_truncation()
-    library.no_padding()
-    return library
 
 
 def _call(job: str, file: Path, progress: Progress | None = None, **arguments: Any) -> Any:

@@ -27,7 +27,8 @@ def write(model: Any, source: Path, target: Path, context: int = 64) -> Path:
         if name not in container.ESTIMATED:
             assert predicted[name] == size, name
     program = container.FILE
-    assert sizes[program] < predicted[program] < sizes[program] + 25_000, (sizes, predicted)
+    above = max(25_000, 10_500 * model.decoder.layers)  # layers that do not rotate are shorter
+    assert sizes[program] < predicted[program] < sizes[program] + above, (sizes, predicted)
     return target / program
 
 
