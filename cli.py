@@ -19,7 +19,13 @@ from .errors import EnvironmentFailed, SlimportError, UsageError
 from .recipe import Recipe, from_environment, load, parse_adapter, template
 from .settings import format_size
 from .terminal import console
-from .terminal.options import output_options, quantize_options, source_options, text_options
+from .terminal.options import (
+    fit_options,
+    output_options,
+    quantize_options,
+    source_options,
+    text_options,
+)
 
 
 def _recipe(model: str | None, config: str | None, **flags: Any) -> Recipe:
@@ -130,6 +136,7 @@ def init(output: str, model: str | None, as_json: bool, quiet: bool, debug: bool
 @click.option("--target", multiple=True, help="A device profile, or its TOML file; repeats.")
 @click.option("--container", help="In place of the target's first choice.")
 @quantize_options
+@fit_options
 @text_options
 @click.option("-o", "--output", type=click.Path(), help="Receives one bundle per target.")
 @click.option(
@@ -157,10 +164,12 @@ def export(
     slimport export
     slimport export ./model --adapter support=./lora --target android -o dist
     slimport export ./model --method rtn --target galaxy-s24 --dry-run
+    slimport export ./model --fit 900MB           # the grids of the least loss in 900 MB
+    slimport export ./model --max-kl 0.02         # the smallest bundle that loses no more
     """
     from . import pipeline
     from .shipping import forecast
-    from .terminal import views
+    from .terminal import fitted, views
 
     recipe = _recipe(**flags, targets=target)
     if dry_run:
@@ -174,6 +183,7 @@ def export(
             quantized=Path(quantized) if quantized else None,
             validate=not no_validate,
             progress=progress,
+            fitted=(lambda found: None) if as_json else fitted.fit,
         )
     if as_json:
         shown = [{"path": str(folder), **pipeline.report_of(folder)} for folder in bundles]
@@ -181,6 +191,31 @@ def export(
     else:
         for bundle in bundles:
             views.bundle(bundle)
+
+
+@cli.command()
+@click.argument("config", type=click.Path())
+@click.option("--target", multiple=True, default=["android"], show_default=True)
+@click.option("--context", type=click.IntRange(min=1), help="Tokens, in place of the target's.")
+@output_options
+def plan(
+    config: str,
+    target: tuple[str, ...],
+    context: int | None,
+    as_json: bool,
+    quiet: bool,
+    debug: bool,
+) -> None:
+    """Which grids and contexts fit a device, from CONFIG, a config.json or its folder, alone.
+
+    \b
+    slimport plan ./config.json --target galaxy-s24
+    """
+    from .shipping import planning
+    from .terminal import fitted
+
+    found = planning.plan(Path(config), target, context)
+    _print_json(found) if as_json else fitted.plan(found)
 
 
 @cli.command()

@@ -26,10 +26,11 @@ from .quantize.store import Origin, QuantizedCheckpoint
 from .quantize.tensor import weights_digest
 from .quantize.windows import Windows
 from .recipe import Recipe
-from .shipping import containers, shipment
-from .shipping.shipment import make_job, plan_jobs
+from .shipping import containers, fit, shipment
+from .shipping.fit import Fit
+from .shipping.shipment import Job, make_job, make_jobs, plan_jobs, refuse_plan
 from .shipping.source import Source, open_source, plan_of
-from .shipping.texts import read_texts
+from .shipping.texts import Texts, read_texts
 from .targets.target import Limit, Target, load_target
 from .validation import budget, report
 from .validation.budget import Budget
@@ -41,6 +42,10 @@ def _silent(stage: str, done: int, total: int) -> None:
     pass
 
 
+def _unseen(found: Fit) -> None:
+    pass
+
+
 def export(
     recipe: Recipe,
     *,
@@ -48,16 +53,20 @@ def export(
     quantized: Path | None = None,
     validate: bool = True,
     progress: Progress = _silent,
+    fitted: Callable[[Fit], None] = _unseen,
 ) -> list[Path]:
     """Quantize once, then pack, judge and write one bundle per target; returns their folders.
 
     Args:
         quantized: start from this quantized checkpoint of the recipe's model and adapters.
+        fitted: called with the plan that a search found, before anything is made by it.
 
     Raises:
         SlimportError: of the worst target; bundles of the other targets are in place.
     """
     source = open_source(recipe, offline=offline)
+    if recipe.fit.is_wanted:
+        return _export_fitted(recipe, source, quantized, validate, progress, fitted)
     plan = plan_of(recipe, source)
     ready = None if quantized is None else _same_origin(source, plan, quantized)
     jobs = plan_jobs(recipe, source, plan)
@@ -75,14 +84,82 @@ def export(
         )
         if ready is None:
             ready = _quantize(source, plan, texts.calibration, work / "quantized", progress)
-        failures: list[SlimportError] = []
-        for job in jobs:
-            try:
-                shipment.build(job, recipe, source, ready, texts, work, progress)
-            except SlimportError as failure:
-                failures.append(failure)
+        return _build(jobs, recipe, source, ready, texts, work, progress)
+
+
+def _build(
+    jobs: list[Job],
+    recipe: Recipe,
+    source: Source,
+    ready: QuantizedCheckpoint,
+    texts: Texts,
+    work: Path,
+    progress: Progress,
+    found: Fit | None = None,
+) -> list[Path]:
+    failures: list[SlimportError] = []
+    for job in jobs:
+        try:
+            shipment.build(job, recipe, source, ready, texts, work, progress, found)
+        except SlimportError as failure:
+            failures.append(failure)
     _raise_worst(failures)
     return [job.destination for job in jobs]
+
+
+def _export_fitted(
+    recipe: Recipe,
+    source: Source,
+    quantized: Path | None,
+    validate: bool,
+    progress: Progress,
+    fitted: Callable[[Fit], None],
+) -> list[Path]:
+    """An export whose grids are searched first."""
+    if quantized is not None:
+        raise UsageError(
+            "--quantized cannot be fitted",
+            f"the grids of {quantized} are chosen already",
+            "leave --quantized away, or --fit, --fit-memory and --max-kl",
+        )
+    jobs = make_jobs(recipe, source)
+    search = fit.Search(recipe, source, jobs)
+    with bundle.work_folder(recipe.output) as work:
+        texts = read_texts(
+            recipe,
+            source,
+            calibrate=True,
+            validate=validate,
+            progress=progress,
+            context=min(job.deployment.context for job in jobs),
+        )
+        windows = texts.calibration
+        if not isinstance(windows, Windows):
+            raise UsageError(
+                "grids cannot be searched by an importance matrix",
+                "losses are measured on text",
+                "give a text with --calibration FILE in place of --imatrix",
+            )
+        losses, folder = fit.losses_of(search, windows, progress), work / "quantized"
+        if recipe.fit.kl_mean is None:
+            found = search.find(losses)
+            fitted(found)
+            ready = _quantize(source, found.plan, windows, folder, progress)
+        else:
+            calibrated, held = fit.split(windows)
+
+            def solve(plan: Plan) -> QuantizedCheckpoint:
+                return _quantize(source, plan, calibrated, folder, progress)
+
+            def measure(made: QuantizedCheckpoint) -> float:
+                from .quantize.sensitivity import divergence  # torch is loaded only to measure
+
+                return divergence(source.weights, made, source.decoder, held, progress)
+
+            found, ready = fit.within_loss(search, losses, recipe.fit.kl_mean, solve, measure)
+            fitted(found)
+        refuse_plan(jobs, source, found.plan)
+        return _build(jobs, recipe, source, ready, texts, work, progress, found)
 
 
 def _origin(source: Source) -> Origin:

@@ -60,6 +60,35 @@ class Quantize:
 
 
 @dataclass(frozen=True, slots=True)
+class Fit:
+    """What a search for the best grids has to keep; None: not limited. Without a limit, no search.
+
+    Attributes:
+        device_bytes: everything that goes onto the device.
+        memory_bytes: at the target's context.
+        kl_mean: nats per token; the smallest bundle within it is searched for.
+        grids: to choose from; none: all that every target's container holds.
+        sensitivities: a file that keeps what was measured; read if it is there, else written.
+    """
+
+    device_bytes: int | None = None
+    memory_bytes: int | None = None
+    kl_mean: float | None = None
+    grids: tuple[str, ...] = ()
+    sensitivities: Path | None = None
+
+    @property
+    def is_wanted(self) -> bool:
+        return (self.device_bytes, self.memory_bytes, self.kl_mean) != (None, None, None)
+
+    @property
+    def limits(self) -> dict[str, float]:
+        """By the names of the metrics that a budget bounds."""
+        given = {name: getattr(self, name) for name in ("device_bytes", "memory_bytes", "kl_mean")}
+        return {name: value for name, value in given.items() if value is not None}
+
+
+@dataclass(frozen=True, slots=True)
 class Texts:
     """Plain text or JSONL files; None: sampled from the full-precision model."""
 
@@ -108,6 +137,7 @@ class Recipe:
     adapters: tuple[AdapterSource, ...] = ()
     adapter_mode: str = "merged"
     quantize: Quantize = field(default_factory=Quantize)
+    fit: Fit = field(default_factory=Fit)
     texts: Texts = field(default_factory=Texts)
     validate: Validate = field(default_factory=Validate)
     budgets: Mapping[str, float] = field(default_factory=dict)
@@ -147,6 +177,8 @@ class Recipe:
             "texts": {name: path and path.name for name, path in asdict(self.texts).items()},
             "quantize": table["quantize"]
             | {"imatrix": self.quantize.imatrix and self.quantize.imatrix.name},
+            "fit": table["fit"]
+            | {"sensitivities": self.fit.sensitivities and self.fit.sensitivities.name},
         }
 
 
@@ -305,7 +337,7 @@ _ROOT: dict[str, Reader] = {
     "adapter_mode": _adapter_mode,
     "budgets": _budgets,
 }
-_SECTIONS: dict[str, tuple[type[Quantize | Texts | Validate], dict[str, Reader]]] = {
+_SECTIONS: dict[str, tuple[type[Quantize | Fit | Texts | Validate], dict[str, Reader]]] = {
     "quantize": (
         Quantize,
         {
@@ -316,6 +348,16 @@ _SECTIONS: dict[str, tuple[type[Quantize | Texts | Validate], dict[str, Reader]]
             "calibration_windows": whole,
             "calibration_length": whole,
             "imatrix": _existing,
+        },
+    ),
+    "fit": (
+        Fit,
+        {
+            "device_bytes": limit_of("device_bytes"),
+            "memory_bytes": limit_of("memory_bytes"),
+            "kl_mean": limit_of("kl_mean"),
+            "grids": names,
+            "sensitivities": _path,
         },
     ),
     "texts": (Texts, {"calibration": _existing, "eval": _existing, "eval_ood": _existing}),
@@ -390,6 +432,13 @@ targets = ["android"]                 # `slimport targets` lists them; or the pa
 # calibration_length = 512            # tokens in each
 # [quantize.patterns]                 # weight names -> a grid, or "float16"
 # "model.layers.0.*" = "int8-row"
+
+# [fit]                               # search the grids: the least loss within these limits
+# device_bytes = "900 MB"             # everything that goes onto the device
+# memory_bytes = "1.2 GB"             # at the target's context
+# kl_mean = 0.02                      # in place of the least loss: the smallest bundle within it
+# grids = ["Q3_K", "Q4_K", "Q6_K"]    # choose among these alone
+# sensitivities = "sensitivities.json"  # keeps what was measured, for the next search
 
 # [texts]                             # plain text or JSONL; without them the model writes its own
 # calibration = "texts/train.txt"

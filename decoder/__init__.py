@@ -10,8 +10,11 @@ from .layer import (
     Capture,
     LayerWeights,
     Parameters,
+    capped,
     decoder_layer,
     load_layer,
+    read_tensor,
+    rms_norm,
 )
 from .model import CachedDecoder, TracedDecoder, embed, head, logits
 from .positions import Cache, Tables, attention_tables
@@ -27,9 +30,12 @@ __all__ = [
     "Tables",
     "TracedDecoder",
     "attention_tables",
+    "capped",
     "decoder_layer",
     "embed",
     "head",
     "load_layer",
     "logits",
+    "read_tensor",
+    "rms_norm",
 ]

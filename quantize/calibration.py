@@ -80,7 +80,7 @@ def layer_statistics(
         EnvironmentFailed: no room for the temporary files (8 bytes per token and hidden feature).
     """
     tables = attention_tables(config, windows.ids.shape[1])
-    with _Activations(windows, config) as exact, _Activations(windows, config) as actual:
+    with Activations(windows, config) as exact, Activations(windows, config) as actual:
         for activations in (exact, actual):
             activations.embed(source, config)
         for index in range(config.layers):
@@ -122,7 +122,7 @@ def importance(
     """
     tables = attention_tables(config, windows.ids.shape[1])
     found: dict[str, Float32] = {}
-    with same_threads(), _Activations(windows, config) as activations:
+    with same_threads(), Activations(windows, config) as activations:
         activations.embed(source, config)
         for index in range(config.layers):
             progress("importance matrix", index, config.layers)
@@ -139,7 +139,7 @@ def importance(
 
 
 def _squares(
-    layer: LayerWeights, config: DecoderConfig, activations: _Activations, tables: Tables
+    layer: LayerWeights, config: DecoderConfig, activations: Activations, tables: Tables
 ) -> dict[Kind, Float32]:
     """Sums of x^2 by the kind of Linear; `activations` move on to the layer's output."""
     shared = {first: kinds for first, kinds in SHARED_INPUTS.items() if first in layer}
@@ -159,8 +159,8 @@ def _squares(
 def _statistics(
     layer: LayerWeights,
     config: DecoderConfig,
-    exact: _Activations,
-    actual: _Activations,
+    exact: Activations,
+    actual: Activations,
     tables: Tables,
 ) -> dict[Kind, Statistics]:
     """Statistics of the Linears of one full-precision layer; `exact` moves on to its output."""
@@ -194,8 +194,8 @@ def _statistics(
     return statistics
 
 
-class _Activations:
-    """The hidden states of all windows at one layer boundary, in an unnamed temporary file.
+class Activations:
+    """Hidden states of all windows at one layer boundary, in an unnamed temporary file.
 
     Plain reads and writes, not a map: a full disk is an error then and not a killed process.
     """
@@ -209,7 +209,7 @@ class _Activations:
         self.tokens = count * length
         self._file = tempfile.TemporaryFile(buffering=0)
 
-    def __enter__(self) -> _Activations:
+    def __enter__(self) -> Activations:
         return self
 
     def __exit__(
@@ -223,7 +223,7 @@ class _Activations:
     def embed(self, source: Weights, config: DecoderConfig) -> None:
         """Write the embedding of every window; rows of the table are read in blocks."""
         used, places = np.unique(self._ids, return_inverse=True)
-        rows = _embedding_rows(source, config, used)
+        rows = embedding_rows(source, config, used)
         table, places = torch.from_numpy(rows), places.reshape(self._ids.shape)
         for batch in range(self.batches):
             chosen = places[self._span(batch)]
@@ -256,7 +256,7 @@ class _Activations:
         self._file.seek(4 * tokens * self._hidden_size)
 
 
-def _embedding_rows(source: Weights, config: DecoderConfig, ids: Int32) -> Float32:
+def embedding_rows(source: Weights, config: DecoderConfig, ids: Int32) -> Float32:
     """Rows `ids` (ascending) of the embedding, float32 (ids, hidden_size)."""
     name = next(weight.name for weight in weights(config) if weight.kind is Kind.EMBEDDING)
     found = []

@@ -215,7 +215,7 @@ def _by_layers(
                 if choice.method == "gptq":
                     tensor = gptq.solve(values, grid, *statistics[name])
                 elif not isinstance(grid, BlockGrid):
-                    tensor = _rounded(values, choice, statistics[name].hessian.diagonal())
+                    tensor = rounded(values, choice, statistics[name].hessian.diagonal())
                 else:
                     diagonal = np.ascontiguousarray(statistics[name].hessian.diagonal())
                     tensor = _in_parts(values, choice, diagonal, pool)
@@ -262,11 +262,11 @@ def _solve_rows(
             values = half(name, values).astype(np.float32)
         values = np.ascontiguousarray(values, "<f4")
         return _Block(name, values.size, values, values)
-    return _quantized_block(name, values, _rounded(values, choice, importance))
+    return _quantized_block(name, values, rounded(values, choice, importance))
 
 
-def _rounded(values: Float32, choice: Choice, importance: Float32 | None) -> Quantized:
-    """By a method that knows nothing of other rows."""
+def rounded(values: Float32, choice: Choice, importance: Float32 | None) -> Quantized:
+    """A weight by a method that knows nothing of other rows; `importance` is (columns,)."""
     assert choice.grid is not None
     if isinstance(choice.grid, PaletteGrid):
         return kmeans.solve(values, choice.grid, importance if choice.method == "imatrix" else None)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from .. import bundle
 from ..architectures import weights
@@ -20,6 +20,7 @@ from ..targets.target import Limit, Target, load_target
 from ..validation import budget, conformance, report
 from ..validation.footprint import footprint
 from ..validation.judge import Case, Judgement, fitted, golden_json, judge
+from ..validation.planned_memory import PlannedMemory, planned_memory
 from ..validation.reward import RewardCase, RewardJudgement, judge_reward
 from ..validation.runtime import Runtime, Scorer
 from ..validation.runtimes.reference import Oracle
@@ -30,6 +31,13 @@ from .texts import Texts, oracle
 
 Progress = Callable[[str, int, int], None]
 _ADAPTERS = "adapters/"
+
+
+class Fitted(Protocol):
+    """What a search for the plan found, as fit.Fit."""
+
+    def to_json(self) -> dict[str, Any]:
+        """The key "fit" of report.json."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +70,18 @@ class Job:
         adapters = {name: path for name, path in paths.items() if name.startswith(_ADAPTERS)}
         base = {name: path for name, path in paths.items() if name not in adapters}
         return Files(tuple(base.values()), tuple(adapters.values()))
+
+    def device_bytes(self, source: Source, plan: Plan) -> int:
+        """Of everything that goes onto the device, as `predict` says."""
+        predicted = self.predict(source, plan)
+        return sum(size for name, size in predicted.items() if name not in self.container.PROOF)
+
+    def memory(self, source: Source, plan: Plan) -> PlannedMemory | None:
+        """That of the device at the target's context; None: this container's is not known."""
+        sizes = self.container.tensor_bytes(source.decoder, plan)
+        target = self.target
+        given = (source.decoder, plan, sizes, target.context_length, target.kv_cache, target.isa)
+        return planned_memory(self.container.NAME, *given)
 
     def predict(self, source: Source, plan: Plan) -> dict[str, int]:
         """{path in the bundle: bytes} of the model's files, FILE first, and of adapters."""
@@ -97,8 +117,26 @@ def plan_jobs(recipe: Recipe, source: Source, plan: Plan) -> list[Job]:
     """Containers and destinations; everything that cannot be held exactly is refused here.
 
     Raises:
+        UsageError, Unsupported: as `make_jobs`; a container that cannot hold the plan.
+    """
+    jobs = make_jobs(recipe, source)
+    refuse_plan(jobs, source, plan)
+    return jobs
+
+
+def refuse_plan(jobs: Sequence[Job], source: Source, plan: Plan) -> None:
+    """Raise Unsupported if a container cannot hold the plan exactly."""
+    for job in jobs:
+        job.container.refuse(source.decoder, plan, source.tokenizer)
+        job.container.refuse_deployment(plan, job.deployment)
+
+
+def make_jobs(recipe: Recipe, source: Source) -> list[Job]:
+    """Containers and destinations of all targets.
+
+    Raises:
         UsageError: no target, or two of one name.
-        Unsupported: a container that is not there yet, or that cannot hold the model.
+        Unsupported: a container that is not there yet, or that cannot hold the adapters.
     """
     if not recipe.targets:
         raise UsageError(
@@ -113,12 +151,9 @@ def plan_jobs(recipe: Recipe, source: Source, plan: Plan) -> list[Job]:
         container = _container(target, recipe.container)
         if source.decoder.reward:
             _refuse_reward(container)
-        container.refuse(source.decoder, plan, source.tokenizer)
         for adapter, _ in separate_adapters(source):
             container.refuse_adapter(adapter)
-        job = make_job(target, container, source, recipe.output / target.name)
-        container.refuse_deployment(plan, job.deployment)
-        jobs.append(job)
+        jobs.append(make_job(target, container, source, recipe.output / target.name))
     names = [job.target.name for job in jobs]
     for name in names:
         if names.count(name) > 1:
@@ -162,8 +197,12 @@ def build(
     texts: Texts,
     work: Path,
     progress: Progress,
+    fitted: Fitted | None = None,
 ) -> None:
-    """One bundle, from packing to the swap; a broken budget leaves it at NAME.failed."""
+    """One bundle, from packing to the swap; a broken budget leaves it at NAME.failed.
+
+    `fitted`: what a search for the plan found, for the report.
+    """
     job = calibrated(job, texts)
     with bundle.building(job.destination) as folder:
         files = pack(job, source, quantized, folder, progress)
@@ -180,6 +219,8 @@ def build(
         texts = fitted_texts(job, texts, files)
         judgement, golden = judged(job, source, quantized, texts, files, work, progress)
         found = report_on(job, recipe, source, quantized, texts, files, judgement, quantized.errors)
+        if fitted is not None:
+            found["fit"] = fitted.to_json()
         assembly.write_tokenizer_notes(source, golden, folder)
         chats = texts.pairs["held_out"].chats if texts.pairs else None
         assembly.write_readme(
@@ -380,7 +421,7 @@ def _inputs(
 
 
 def _limits(job: Job, recipe: Recipe) -> dict[str, Limit]:
-    return budget.limits(job.target.budgets, recipe.budgets)
+    return budget.limits(job.target.budgets, {**recipe.budgets, **recipe.fit.limits})
 
 
 def _manifest(

@@ -71,6 +71,35 @@ quantize_options = _options(
         "--imatrix", type=click.Path(), help="llama.cpp's importance matrix for method imatrix."
     ),
 )
+fit_options = _options(
+    click.option(
+        "--fit",
+        "device_bytes",
+        metavar="SIZE",
+        help="Search the grids: the least loss of a bundle of at most this size, such as 900MB.",
+    ),
+    click.option(
+        "--fit-memory",
+        "memory_bytes",
+        metavar="SIZE",
+        help="The same for the device's memory at the target's context.",
+    ),
+    click.option(
+        "--max-kl",
+        "kl_mean",
+        type=float,
+        metavar="NATS",
+        help="Search the smallest bundle of at most this mean KL divergence.",
+    ),
+    click.option(
+        "--fit-grid", "grids", multiple=True, metavar="GRID", help="Choose among these; repeats."
+    ),
+    click.option(
+        "--sensitivities",
+        type=click.Path(),
+        help="Keeps what a search measures: read if it is there, else written.",
+    ),
+)
 text_options = _options(
     click.option(
         "--eval",

@@ -59,10 +59,11 @@ def render(joined: Mapping[str, Any]) -> str:
     predicted = joined["footprint"].get("predicted", {}).get("keys", ())
     source = files(__package__).joinpath("report.html").read_text(encoding="utf-8")
     return environment.from_string(source).render(
-        **joined,
+        **{key: value for key, value in joined.items() if key != "fit"},
         figure=partial(figure, joined),
         checks=summary.checks(joined),
         plots=plots,
+        fit=joined.get("fit"),
         kinds=plots.KINDS,
         titles=TITLES,
         memory_parts=MEMORY,

@@ -173,6 +173,40 @@ def latency(speed: Sequence[Mapping[str, Any]]) -> Markup:
     return _svg(parts, f"Latency by prompt length on this machine: {ends}")
 
 
+def frontier(fit: Mapping[str, Any]) -> Markup:
+    """The least KL over the bytes on the device, beside one grid for all layers and the plan."""
+    size = next(iter(fit["device_bytes"].values()))
+    dots = [
+        (
+            nbytes,
+            kl,
+            "held_out",
+            f"fit.frontier.{index}.1",
+            "the least that any choice of grids has",
+        )
+        for index, (nbytes, kl) in enumerate(fit["frontier"])
+    ]
+    dots += [
+        (row["device_bytes"], row["kl"], "out_of_distribution", f"fit.uniform.{grid}.kl", grid)
+        for grid, row in fit["uniform"].items()
+    ]
+    dots.append((size, fit["kl_predicted"], "total_s", "fit.kl_predicted", "this bundle"))
+    logs = [math.log10(max(kl, 1e-9)) for _, kl, _, _, _ in dots]
+    sizes = [nbytes / 1e6 for nbytes, _, _, _, _ in dots]
+    decades = range(math.floor(min(logs)), math.ceil(max(logs)) + 1)
+    marks = ticks(min(sizes), max(sizes))
+    x, y = across(marks[0], marks[-1]), upward(decades[0], max(decades[-1], decades[0] + 1))
+    parts = [_y_axis([float(d) for d in decades], y, lambda value: _power(round(value)))]
+    parts += [_x_tick(x(mark), f"{mark:g}") for mark in marks]
+    parts.append(_x_title("MB on the device"))
+    places = [(x(megabytes), y(log)) for megabytes, log in zip(sizes, logs, strict=True)]
+    parts.append(_line(places[: len(fit["frontier"])], "held_out"))
+    for (px, py), (nbytes, kl, name, path, words) in zip(places, dots, strict=True):
+        parts.append(_dot(px, py, name, path, kl, f"{words}: {kl:.3g} nats in {nbytes:,} bytes"))
+    label = f"Predicted KL by size; this bundle: {fit['kl_predicted']:.3g} nats in {size:,} bytes"
+    return _svg(parts, label)
+
+
 # ---- pieces ----
 
 

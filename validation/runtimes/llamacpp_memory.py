@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from itertools import compress
 from pathlib import Path
@@ -58,7 +58,7 @@ def weight_bytes(file: Path, isa: Collection[str]) -> tuple[int, int]:
     """
     tensors = list(open_gguf(file).tensors.values())
     tied = all(tensor.name != _HEAD for tensor in tensors)
-    copied = [_is_repacked(tensor, isa) and (tied or tensor.name != _TABLE) for tensor in tensors]
+    copied = [_copied(tensor, isa) and (tied or tensor.name != _TABLE) for tensor in tensors]
     in_place = [
         index for index, tensor in enumerate(tensors) if tensor.name == _TABLE or not copied[index]
     ]
@@ -67,9 +67,14 @@ def weight_bytes(file: Path, isa: Collection[str]) -> tuple[int, int]:
     return mapped, repacked
 
 
-def _is_repacked(tensor: Stored, isa: Collection[str]) -> bool:
-    steps = [_REPACKED.get(feature, {}).get(Type(tensor.type)) for feature in isa]
-    return len(tensor.shape) == 2 and any(step and tensor.shape[0] % step == 0 for step in steps)
+def _copied(tensor: Stored, isa: Collection[str]) -> bool:
+    return is_repacked(Type(tensor.type), tensor.shape, isa)
+
+
+def is_repacked(kind: Type, shape: Sequence[int], isa: Collection[str]) -> bool:
+    """Whether a tensor (rows, columns) of a type is copied for a CPU with the features `isa`."""
+    steps = [_REPACKED.get(feature, {}).get(kind) for feature in isa]
+    return len(shape) == 2 and any(step and shape[0] % step == 0 for step in steps)
 
 
 def kv_cache_bytes(config: DecoderConfig, context: int, kv_cache: str) -> int:
