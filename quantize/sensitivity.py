@@ -312,7 +312,8 @@ def _backward(
 def _loss(values: Float32, choice: Choice, hessian: Tensor, fisher: Tensor) -> float:
     """1/2 tr(G D H D^T), in nats per token."""
     moved = torch.from_numpy(_solved(values, choice, hessian.numpy()).dequantize() - values)
-    return max(0.0, float((fisher @ moved).mul_(moved @ hessian).sum(dtype=torch.float64)) / 2)
+    squared: float = (fisher @ moved).mul_(moved @ hessian).sum(dtype=torch.float64).item()
+    return max(0.0, squared / 2)
 
 
 def _solved(values: Float32, choice: Choice, hessian: Float32) -> Quantized:

@@ -15,7 +15,8 @@ import pytest
 
 from slimport import bundle
 from slimport.architectures import decoder_config
-from slimport.quantize.plan import make_plan
+from slimport.quantize.plan import Plan, make_plan
+from slimport.shipping import fit
 from slimport.targets.limits import Finding
 from slimport.targets.target import load_target
 from slimport.validation import budget, page, plots, preference, report, summary
@@ -155,7 +156,7 @@ def test_the_sample_and_what_is_built_keep_the_schema(
     ):
         assert violations(built, SCHEMA) == []
         # Additions go into the schema too; what is on an NPU is absent for a CPU's container.
-    assert set(built) | {"accelerator"} == set(SCHEMA["properties"])
+    assert set(built) | {"accelerator", "fit"} == set(SCHEMA["properties"])
 
 
 def test_the_schema_check_can_fail() -> None:
@@ -341,6 +342,23 @@ def test_every_figure_is_its_json_value(joined: dict[str, Any]) -> None:
         assert match, (path, shown)
         read = float(match[1].replace(",", "")) * UNITS[match[2]]
         assert read == pytest.approx(value, rel=6e-3, abs=1e-12), (path, shown)
+
+
+def test_a_search_has_its_part_of_page_and_schema(joined: dict[str, Any]) -> None:
+    uniform = {"int4-g32": fit.Point(2_240_000, 0.0022), "int8-row": fit.Point(3_820_000, 3.5e-5)}
+    frontier = [fit.Point(970_000, 0.145), fit.Point(2_000_000, 0.00115)]
+    limits, sizes = {"device_bytes": 2_000_000, "kl_mean": 0.01}, {"android": 1_999_616}
+    given = (limits, 0.00115, 0.00115, sizes, {}, uniform, frontier, 0.0016)
+    found = fit.Fit(Plan("fit", ()), *given).to_json()
+    assert violations(found, SCHEMA["properties"]["fit"]) == []
+    with_fit = joined | {"fit": found}
+    html = page.render(with_fit)
+    assert "The choice of grids" in html and "one grid for all layers" in html
+    assert "The choice of grids" not in page.render(joined)
+    shown = {path: exact for path, exact, _ in figures(html).found if path.startswith("fit.")}
+    assert {"fit.limits.kl_mean", "fit.uniform.int8-row.kl", "fit.frontier.1.1"} <= shown.keys()
+    for path, exact in shown.items():
+        assert exact == at(with_fit, path), path
 
 
 def test_notes_stand_in_the_page_and_the_summary(joined: dict[str, Any]) -> None:
