@@ -5,6 +5,7 @@ The folders are shared by the whole session: a test that damages one copies it f
 
 from __future__ import annotations
 
+import importlib
 import io
 import json
 import os
@@ -13,7 +14,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import AbstractContextManager, contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,6 @@ from transformers.utils import logging
 from slimport.cli import main
 from slimport.tokenizer.conformance import TEXTS
 from slimport.validation import worker
-from slimport.validation.runtimes import reference_worker
 
 torch.set_num_threads(2)
 # A shell in the background hands an ignored SIGINT down, to the commands under test too.
@@ -304,23 +304,38 @@ def run() -> Callable[..., Done]:
 
 
 @contextmanager
-def _reference_at_hand() -> Iterator[None]:
+def _jobs_at_hand(*workers: str) -> Iterator[None]:
     in_child = worker.call
 
     def call(module: str, job: str, arguments: Any, progress: Any = None) -> Any:
-        if module.endswith("reference_worker"):
-            return reference_worker.JOBS[job](**arguments)
-        return in_child(module, job, arguments, progress)
+        if module.rpartition(".")[2].removesuffix("_worker") not in workers:
+            return in_child(module, job, arguments, progress)
+        run, threads = importlib.import_module(module).JOBS[job], torch.get_num_threads()
+        try:  # there and back as through a pipe
+            return json.loads(json.dumps(run(**json.loads(json.dumps(arguments)))))
+        finally:
+            torch.set_num_threads(threads)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(worker, "call", call)
         yield
 
 
+@pytest.fixture(scope="session")
+def jobs_at_hand() -> Callable[..., AbstractContextManager[None]]:
+    """jobs_at_hand("reference", "onnxruntime"): within it, what their workers do is done in this
+    process, which has loaded torch and transformers already: a child takes seconds of a CPU.
+
+    What a child adds (a pipe, a log, an end of its own) is tested in validation/test_worker.py,
+    and once for every runtime in validation/.
+    """
+    return _jobs_at_hand
+
+
 @pytest.fixture
 def at_hand() -> Iterator[None]:
-    """Run the reference in this process: transformers is loaded already, a child takes seconds."""
-    with _reference_at_hand():
+    """Run the reference in this process."""
+    with _jobs_at_hand("reference"):
         yield
 
 
@@ -371,7 +386,7 @@ def finished(
 ) -> Path:
     """A validated bundle of the tiny Llama for the target pocket; copy it before changing it."""
     folder = tmp_path_factory.mktemp("finished")
-    with _reference_at_hand():
+    with _jobs_at_hand("reference"):
         done = run("export", "--config", write_recipe(folder, tiny_llama))
     assert done.code == 0, done.err
     return folder / "dist" / "pocket"

@@ -12,8 +12,7 @@ import pytest
 
 from slimport import pipeline
 from slimport.errors import BadInput
-from slimport.validation import worker
-from slimport.validation.runtimes import coreml, coreml_worker, reference_worker
+from slimport.validation.runtimes import coreml
 from slimport.validation.runtimes.mil import functions
 
 Run = Callable[..., Any]
@@ -27,22 +26,19 @@ ON_DEVICE = {
 }
 
 
-def at_once(module: str, job: str, arguments: Any, progress: Any = None) -> Any:
-    """Jobs in this process: a child for each takes a minute."""
-    jobs = {"coreml_worker": coreml_worker.JOBS, "reference_worker": reference_worker.JOBS}
-    return jobs[module.rpartition(".")[2]][job](**arguments)
-
-
 @pytest.fixture(scope="module")
 def exported(
-    tiny_llama: Path, recipe_for: Run, run: Run, tmp_path_factory: pytest.TempPathFactory
+    tiny_llama: Path,
+    recipe_for: Run,
+    run: Run,
+    jobs_at_hand: Any,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> tuple[Path, Path]:
     """A recipe for a phone with iOS 18, and its bundle, judged by the interpreter."""
     folder = tmp_path_factory.mktemp("coreml")
     recipe = recipe_for(folder, tiny_llama)
     (folder / "pocket.toml").write_text(IOS)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(worker, "call", at_once)
+    with jobs_at_hand("reference", "coreml"):
         done = run("export", "--config", recipe, "-q")
     assert done.code == 0, done.err
     return recipe, folder / "dist" / "pocket"

@@ -14,10 +14,7 @@ from slimport import pipeline
 from slimport.errors import BadInput
 from slimport.export.coreml.package import paths
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore"),  # peft warns about tied tables, rightly
-    pytest.mark.usefixtures("at_hand"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore")  # peft warns about tied tables, rightly
 
 Run = Callable[..., Any]
 TARGETS = {"coreml": "ios18-gpu", "coreml-ane": "ios18-ane"}
@@ -114,9 +111,12 @@ def test_names_of_one_function_are_refused(
 
 
 @pytest.mark.slow
-def test_each_adapter_is_judged(packed: tuple[list[Any], Path], run: Run, tmp_path: Path) -> None:
+def test_each_adapter_is_judged(
+    packed: tuple[list[Any], Path], run: Run, jobs_at_hand: Any, tmp_path: Path
+) -> None:
     given, _ = packed
-    done = run("export", *given, "--output", tmp_path)
+    with jobs_at_hand("reference"):
+        done = run("export", *given, "--output", tmp_path)
     assert done.code == 0, done.err
     folder = tmp_path / "pocket"
     report = json.loads((folder / "report" / "report.json").read_text())

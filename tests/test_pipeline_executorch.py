@@ -19,12 +19,17 @@ EXECUTORCH = ["--container", "executorch", "-q"]
 
 @pytest.fixture(scope="module")
 def exported(
-    tiny_llama: Path, recipe_for: Run, run: Run, tmp_path_factory: pytest.TempPathFactory
+    tiny_llama: Path,
+    recipe_for: Run,
+    run: Run,
+    jobs_at_hand: Any,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> tuple[Path, Path]:
     """A recipe and its bundle, judged in ExecuTorch."""
     folder = tmp_path_factory.mktemp("executorch")
     recipe = recipe_for(folder, tiny_llama)
-    done = run("export", "--config", recipe, *EXECUTORCH)
+    with jobs_at_hand("reference", "executorch"):
+        done = run("export", "--config", recipe, *EXECUTORCH)
     assert done.code == 0, done.err
     return recipe, folder / "dist" / "pocket"
 

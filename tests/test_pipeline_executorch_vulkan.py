@@ -18,12 +18,17 @@ GPU = ["--target", "android-gpu", "-q"]
 
 @pytest.fixture(scope="module")
 def exported(
-    tiny_llama: Path, recipe_for: Run, run: Run, tmp_path_factory: pytest.TempPathFactory
+    tiny_llama: Path,
+    recipe_for: Run,
+    run: Run,
+    jobs_at_hand: Any,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> tuple[Path, Path]:
     """A recipe and its bundle, judged as an eager model."""
     folder = tmp_path_factory.mktemp("vulkan")
     recipe = recipe_for(folder, tiny_llama)
-    done = run("export", "--config", recipe, *GPU)
+    with jobs_at_hand("reference", "executorch", "executorch_vulkan"):
+        done = run("export", "--config", recipe, *GPU)
     assert done.code == 0, done.err
     return recipe, folder / "dist" / "android-gpu"
 

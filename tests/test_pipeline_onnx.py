@@ -29,6 +29,7 @@ def exported(
     recipe_for: Run,
     run: Run,
     make_adapter: Run,
+    jobs_at_hand: Any,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> tuple[Path, Path]:
     """A recipe and its bundle: a base with two separate adapters, judged in ONNX Runtime."""
@@ -36,10 +37,11 @@ def exported(
     recipe = recipe_for(folder, tiny_llama, more='adapter_mode = "separate"\n')
     first = make_adapter(tiny_llama, folder / "first", 1, ["q_proj", "v_proj"])
     second = make_adapter(tiny_llama, folder / "second", 2, ["down_proj"])
-    done = run(
-        *("export", "--config", recipe, *ONNX),
-        *("--adapter", f"first={first}", "--adapter", f"second={second}"),
-    )
+    with jobs_at_hand("reference", "onnxruntime"):
+        done = run(
+            *("export", "--config", recipe, *ONNX),
+            *("--adapter", f"first={first}", "--adapter", f"second={second}"),
+        )
     assert done.code == 0, done.err
     return recipe, folder / "dist" / "pocket"
 
@@ -95,10 +97,11 @@ def test_codes_are_those_of_the_gguf_bundle(
     assert len(digests) == 1
 
 
-def test_verify_and_validate(exported: tuple[Path, Path], run: Run, at_hand: None) -> None:
+def test_verify_and_validate(exported: tuple[Path, Path], run: Run, jobs_at_hand: Any) -> None:
     recipe, folder = exported
     assert run("verify", folder).code == 0
-    done = run("validate", folder, "--config", recipe, *flags(recipe), "--json", "-q")
+    with jobs_at_hand("reference", "onnxruntime"):
+        done = run("validate", folder, "--config", recipe, *flags(recipe), "--json", "-q")
     assert done.code == 0, done.err
     stated = json.loads((folder / "report" / "report.json").read_text())
     assert done.json["accuracy"] == stated["accuracy"]

@@ -20,12 +20,17 @@ ORT = ["--container", "ort", "-q"]
 
 @pytest.fixture(scope="module")
 def exported(
-    tiny_llama: Path, recipe_for: Run, run: Run, tmp_path_factory: pytest.TempPathFactory
+    tiny_llama: Path,
+    recipe_for: Run,
+    run: Run,
+    jobs_at_hand: Any,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> tuple[Path, Path]:
     """A recipe and its bundle, judged in ONNX Runtime."""
     folder = tmp_path_factory.mktemp("ort")
     recipe = recipe_for(folder, tiny_llama)
-    done = run("export", "--config", recipe, *ORT)
+    with jobs_at_hand("reference", "onnxruntime"):
+        done = run("export", "--config", recipe, *ORT)
     assert done.code == 0, done.err
     return recipe, folder / "dist" / "pocket"
 

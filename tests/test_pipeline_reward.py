@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,7 @@ from transformers import AutoModelForSequenceClassification
 from slimport import pipeline
 from slimport.recipe import load
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore"),  # peft and transformers warn about new heads
-    pytest.mark.usefixtures("at_hand"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore")  # peft and transformers warn about new heads
 
 Run = Callable[..., Any]
 RECIPE = """\
@@ -69,6 +66,13 @@ def adapter(model: Path, folder: Path) -> Path:
                 parameter += torch.randn(parameter.shape, generator=generator) * 0.2
     adapted.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def here(jobs_at_hand: Any) -> Iterator[None]:
+    """Whatever judges runs in this process."""
+    with jobs_at_hand("reference", "onnxruntime"):
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -27,7 +27,7 @@ from slimport.quantize.quantizer import quantize
 from slimport.quantize.store import QuantizedCheckpoint
 from slimport.quantize.windows import windows_of
 from slimport.tokenizer.tokenizer import Tokenizer
-from slimport.validation import conformance, judge, worker
+from slimport.validation import conformance, judge
 from slimport.validation.judge import Case
 from slimport.validation.runtimes import coreml, coreml_worker, reference
 from slimport.validation.runtimes.mil import Interpreter
@@ -113,18 +113,10 @@ def export(model: Path, folder: Path, preset: str = "int4", **patterns: str) -> 
 
 
 @pytest.fixture
-def here(at_hand: None) -> Iterator[None]:
-    """Run packages in this process: a child takes seconds."""
-    others = worker.call
-
-    def call(module: str, job: str, arguments: Any, progress: Any = None) -> Any:
-        if module.endswith("coreml_worker"):
-            return coreml_worker.JOBS[job](**arguments)
-        return others(module, job, arguments, progress)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(worker, "call", call)
-        patch.setattr(coreml, "EXECUTES", False)  # a Mac would run Core ML itself
+def here(jobs_at_hand: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Run packages in this process, by the interpreter: a Mac would run Core ML itself."""
+    monkeypatch.setattr(coreml, "EXECUTES", False)
+    with jobs_at_hand("reference", "coreml"):
         yield
 
 

@@ -24,8 +24,8 @@ from slimport.quantize.plan import make_plan
 from slimport.quantize.quantizer import quantize
 from slimport.quantize.store import QuantizedCheckpoint
 from slimport.tokenizer.tokenizer import Tokenizer
-from slimport.validation import conformance, worker
-from slimport.validation.runtimes import coreml, coreml_ane, coreml_worker
+from slimport.validation import conformance
+from slimport.validation.runtimes import coreml, coreml_ane
 
 pytestmark = pytest.mark.skipif(coreml.EXECUTES, reason="Core ML itself would run the packages")
 
@@ -98,16 +98,10 @@ def halves(make_model: Any, tmp_path_factory: pytest.TempPathFactory) -> Exporte
 
 
 @pytest.fixture
-def here(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run packages in this process: a child takes seconds."""
-    others = worker.call
-
-    def call(module: str, job: str, arguments: Any, progress: Any = None) -> Any:
-        if module.endswith("coreml_worker"):
-            return coreml_worker.JOBS[job](**arguments)
-        return others(module, job, arguments, progress)
-
-    monkeypatch.setattr(worker, "call", call)
+def here(jobs_at_hand: Any) -> Iterator[None]:
+    """Run packages in this process."""
+    with jobs_at_hand("coreml"):
+        yield
 
 
 def windows(count: int = 2, length: int = 75, seed: int = 0) -> np.ndarray[Any, np.dtype[np.int32]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,7 @@ from slimport.quantize.plan import make_plan
 from slimport.quantize.quantizer import quantize
 from slimport.quantize.store import QuantizedCheckpoint
 from slimport.tokenizer.tokenizer import Tokenizer
-from slimport.validation import worker
-from slimport.validation.runtimes import coreml, coreml_worker
+from slimport.validation.runtimes import coreml
 
 pytestmark = [
     pytest.mark.skipif(coreml.EXECUTES, reason="Core ML itself would run the packages"),
@@ -77,10 +76,10 @@ def small(make_model: Any, tmp_path_factory: pytest.TempPathFactory) -> Exported
 
 
 @pytest.fixture
-def here(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run packages in this process: a child takes seconds."""
-    jobs = coreml_worker.JOBS
-    monkeypatch.setattr(worker, "call", lambda module, job, given, _=None: jobs[job](**given))
+def here(jobs_at_hand: Any) -> Iterator[None]:
+    """Run packages in this process."""
+    with jobs_at_hand("reference", "coreml"):
+        yield
 
 
 def texts(*lengths: int) -> list[list[int]]:
@@ -172,7 +171,7 @@ def recipe(folder: Path, model: Path, target: str) -> Path:
     return folder / "slimport.toml"
 
 
-def test_a_bundle_is_judged(make_model: Any, at_hand: None, run: Run, tmp_path: Path) -> None:
+def test_a_bundle_is_judged(make_model: Any, here: None, run: Run, tmp_path: Path) -> None:
     path = recipe(tmp_path, make_model("llama", reward=True), "ios18-gpu")
     done = run("export", "--config", path, "-q")
     assert done.code == 0, done.err

@@ -24,7 +24,7 @@ from slimport.quantize.quantizer import quantize
 from slimport.quantize.store import QuantizedCheckpoint
 from slimport.quantize.windows import windows_of
 from slimport.tokenizer.tokenizer import Tokenizer
-from slimport.validation import conformance, judge, worker
+from slimport.validation import conformance, judge
 from slimport.validation.judge import Case
 from slimport.validation.runtimes import executorch, executorch_worker, reference
 from slimport.validation.runtimes.reference import Oracle
@@ -46,7 +46,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "phi3 with a window": ("phi3", {"sliding_window": 24}),
 }
 # Gemma's gelu and its large embeddings were off by 5e-5 to 1.1e-4, the others by 1e-5.
-NOISE = {"gemma": 2e-4, "gemma 2": 2e-4, "gemma 3": 2e-4}
+# Four layers gather more: 2.7e-5 with one thread of torch, 1.8e-5 with four.
+NOISE = {"gemma": 2e-4, "gemma 2": 2e-4, "gemma 3": 2e-4, "smollm3": 4e-5}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,17 +90,9 @@ def floats(make_model: Any, tmp_path_factory: pytest.TempPathFactory) -> Exporte
 
 
 @pytest.fixture
-def here(at_hand: None) -> Iterator[None]:
-    """Run programs in this process: a child takes seconds."""
-    others = worker.call
-
-    def call(module: str, job: str, arguments: Any, progress: Any = None) -> Any:
-        if module.endswith("executorch_worker"):
-            return executorch_worker.JOBS[job](**arguments)
-        return others(module, job, arguments, progress)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(worker, "call", call)
+def here(jobs_at_hand: Any) -> Iterator[None]:
+    """Run programs in this process."""
+    with jobs_at_hand("reference", "executorch"):
         yield
 
 

@@ -23,12 +23,11 @@ from slimport.quantize.quantizer import quantize
 from slimport.quantize.store import QuantizedCheckpoint
 from slimport.quantize.windows import windows_of
 from slimport.tokenizer.tokenizer import Tokenizer
-from slimport.validation import conformance, judge, worker
+from slimport.validation import conformance, judge
 from slimport.validation.judge import Case
 from slimport.validation.runtimes import (
     executorch_vulkan,
     executorch_vulkan_worker,
-    executorch_worker,
     reference,
 )
 from slimport.validation.runtimes.reference import Oracle
@@ -85,20 +84,9 @@ def int4(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Exported
 
 
 @pytest.fixture
-def here(at_hand: None) -> Iterator[None]:
-    """Run programs in this process: a child takes seconds."""
-    others = worker.call
-    jobs = {
-        "executorch_vulkan_worker": executorch_vulkan_worker.JOBS,
-        "executorch_worker": executorch_worker.JOBS,
-    }
-
-    def call(module: str, job: str, arguments: Any, progress: Any = None) -> Any:
-        known = jobs.get(module.rpartition(".")[2])
-        return known[job](**arguments) if known else others(module, job, arguments, progress)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(worker, "call", call)
+def here(jobs_at_hand: Any) -> Iterator[None]:
+    """Run programs in this process."""
+    with jobs_at_hand("reference", "executorch", "executorch_vulkan"):
         yield
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +134,13 @@ def plan_of(model: Exported) -> tuple[Any, Any]:
     return model.quantized.decoder, model.quantized.plan
 
 
+@pytest.fixture
+def here(jobs_at_hand: Any) -> Iterator[None]:
+    """Run graphs in this process."""
+    with jobs_at_hand("reference", "onnxruntime"):
+        yield
+
+
 def case(model: Exported, file: Path) -> Case:
     return Case(
         file=file,
@@ -149,7 +156,7 @@ def case(model: Exported, file: Path) -> Case:
     )
 
 
-def test_exact_products_are_judged(int4: Exported, at_hand: None, tmp_path: Path) -> None:
+def test_exact_products_are_judged(int4: Exported, here: None, tmp_path: Path) -> None:
     found = judge.judge(case(int4, int4.file), onnxruntime, tmp_path, lambda *_: None)
     assert found.graph is not None and found.graph.kl_max < 1e-9
     assert found.graph.tokens == 48
@@ -167,7 +174,7 @@ def test_exact_products_are_judged(int4: Exported, at_hand: None, tmp_path: Path
     ids=["epsilon", "scale", "window"],
 )
 def test_a_graph_of_another_model_is_not_shipped(
-    change: dict[str, Any], int4: Exported, at_hand: None, tmp_path: Path
+    change: dict[str, Any], int4: Exported, here: None, tmp_path: Path
 ) -> None:
     wrong = dataclasses.replace(
         int4.quantized, decoder=dataclasses.replace(int4.quantized.decoder, **change)
@@ -178,7 +185,7 @@ def test_a_graph_of_another_model_is_not_shipped(
         judge.judge(case(int4, file), onnxruntime, tmp_path, lambda *_: None)
 
 
-def test_damaged_files_are_refused(int4: Exported, tmp_path: Path) -> None:
+def test_damaged_files_are_refused(int4: Exported, here: None, tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="no file"):
         run(tmp_path / "model.onnx", tmp_path / "o.npy", windows())
     shutil.copytree(int4.file.parent, tmp_path / "copy")

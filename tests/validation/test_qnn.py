@@ -34,10 +34,14 @@ def recipe(recipe_for: Run, folder: Path, model: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def bundle(
-    tiny_llama: Path, recipe_for: Run, run: Run, tmp_path_factory: pytest.TempPathFactory
+    tiny_llama: Path,
+    recipe_for: Run,
+    run: Run,
+    jobs_at_hand: Any,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Path:
     folder = tmp_path_factory.mktemp("qnn")
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, jobs_at_hand("reference"):
         patch.setattr(runtime, "_ANSWER_SECONDS", 0.1)  # the fewest greedy tokens
         done = run("export", "--config", recipe(recipe_for, folder, tiny_llama), "--json", "-q")
     assert done.code == 0, done.err

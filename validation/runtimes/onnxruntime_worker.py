@@ -316,16 +316,16 @@ def _time(
     return Speed.of(len(prompt), generated, start, first, end).to_json()
 
 
+JOBS: dict[str, Any] = {
+    "logits": _logits,
+    "tokenize": _tokenize,
+    "vocabulary": _vocabulary,
+    "render": _render,
+    "generate": _generate,
+    "measure": _measure,
+    "scores": _scores,
+    "measure_scores": _measure_scores,
+}
+
 if __name__ == "__main__":
-    worker.serve(
-        {
-            "logits": _logits,
-            "tokenize": _tokenize,
-            "vocabulary": _vocabulary,
-            "render": _render,
-            "generate": _generate,
-            "measure": _measure,
-            "scores": _scores,
-            "measure_scores": _measure_scores,
-        }
-    )
+    worker.serve(JOBS)

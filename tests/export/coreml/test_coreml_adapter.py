@@ -27,9 +27,7 @@ from slimport.export.coreml.adapter import factors, refuse_same_names
 from slimport.export.coreml.package import paths
 from slimport.export.coreml.proto import messages
 from slimport.tokenizer.tokenizer import Tokenizer
-from slimport.validation import worker
 from slimport.validation.runtimes import coreml as runtime
-from slimport.validation.runtimes import coreml_worker
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # peft warns about tied tables, rightly
 
@@ -105,10 +103,10 @@ def toned(
 
 
 @pytest.fixture
-def here(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run packages in this process: a child takes seconds."""
-    jobs = coreml_worker.JOBS
-    monkeypatch.setattr(worker, "call", lambda module, job, given, _=None: jobs[job](**given))
+def here(jobs_at_hand: Any) -> Iterator[None]:
+    """Run packages in this process."""
+    with jobs_at_hand("coreml"):
+        yield
 
 
 def functions_of(file: Path) -> Any:
