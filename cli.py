@@ -173,7 +173,12 @@ def export(
 
     recipe = _recipe(**flags, targets=target)
     if dry_run:
-        predicted = forecast.forecast(recipe, offline=offline, validate=not no_validate)
+        with console.progress(quiet) as progress:
+            predicted = forecast.forecast(
+                recipe, offline=offline, validate=not no_validate, progress=progress
+            )
+        if predicted.fit is not None and not as_json:
+            fitted.fit(predicted.fit)
         _print_json(predicted.to_json()) if as_json else views.forecast(predicted)
         return
     with console.progress(quiet) as progress:

@@ -81,8 +81,15 @@ def _model(recipe: Recipe, offline: bool) -> dict[str, Any]:
             }
             for entry, adapter in source.adapters
         ],
-        "plan": plan.to_json() | {"summary": grid_summary(plan)},
+        **_planned(recipe, plan),
     }
+
+
+def _planned(recipe: Recipe, plan: Plan) -> dict[str, Any]:
+    """The plan; of a recipe whose grids are searched the limits, as there is none yet."""
+    if recipe.fit.is_wanted:
+        return {"fit": recipe.fit.limits}
+    return {"plan": plan.to_json() | {"summary": grid_summary(plan)}}
 
 
 def _gguf(path: Path) -> dict[str, Any]:

@@ -133,13 +133,7 @@ def _export_fitted(
             progress=progress,
             context=min(job.deployment.context for job in jobs),
         )
-        windows = texts.calibration
-        if not isinstance(windows, Windows):
-            raise UsageError(
-                "grids cannot be searched by an importance matrix",
-                "losses are measured on text",
-                "give a text with --calibration FILE in place of --imatrix",
-            )
+        windows = fit.windows_to_measure(texts)
         losses, folder = fit.losses_of(search, windows, progress), work / "quantized"
         if recipe.fit.kl_mean is None:
             found = search.find(losses)
@@ -221,6 +215,12 @@ def quantize(
         UsageError: `output` holds something else, or another run is writing it.
     """
     store.refuse_foreign(output)
+    if recipe.fit.is_wanted:
+        raise UsageError(
+            f"{recipe.source} wants grids that fit, and `quantize` cannot search them",
+            "sizes are those of containers, and it makes none",
+            "run `slimport export`, or remove [fit] and choose a preset",
+        )
     source = open_source(recipe, offline=offline)
     plan = plan_of(recipe, source)
     texts = read_texts(recipe, source, calibrate=plan.calibrated, validate=False, progress=progress)

@@ -38,11 +38,11 @@ from slimport.validation.divergence import Divergence
 from slimport.validation.runtimes import llamacpp, reference
 from slimport.validation.runtimes.reference import Oracle
 
-_STORYTELLER = Path(__file__).parents[1] / "examples" / "storyteller"
-_EXAMPLE = (
-    str(_STORYTELLER / "base"),
-    str(_STORYTELLER / "data" / "calibration.txt"),
-    str(_STORYTELLER / "data" / "held_out.txt"),
+_FOLDER = Path(__file__).parents[1] / "examples" / "storyteller"
+STORYTELLER = (
+    str(_FOLDER / "base"),
+    str(_FOLDER / "data" / "calibration.txt"),
+    str(_FOLDER / "data" / "held_out.txt"),
 )
 # What every Linear becomes, and the type of ggml that its ratio is to.
 _GRIDS = {
@@ -66,7 +66,7 @@ _GRIDS = {
     "int2-g256": "IQ2_XXS",
 }
 _MIXES = ("Q4_K_M", "Q3_K_M", "Q2_K")
-_LINEARS = "model.layers.*"
+LINEARS = "model.layers.*"
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +125,7 @@ def main() -> None:
     parser.add_argument("--grids", nargs="*", help="only these types and mixes")
     parser.add_argument("--length", type=int, default=512, help="tokens in a window, at most")
     options = parser.parse_args()
-    for model, calibration, held_out in options.case or [_EXAMPLE]:
+    for model, calibration, held_out in options.case or [STORYTELLER]:
         absent = [path for path in (model, calibration, held_out) if not Path(path).exists()]
         if absent:
             print(f"{model}: skipped, there is no {absent[0]}\n")
@@ -190,7 +190,7 @@ def measure(case: Case, wanted: list[str] | None) -> Iterator[Row]:
         if wanted and kind not in wanted:
             continue
         for name, method, solve in _candidates(kind):
-            plan = make_plan(case.decoder, "int4", method, {_LINEARS: kind})
+            plan = make_plan(case.decoder, "int4", method, {LINEARS: kind})
             if any(c.grid is None for c in plan.choices if c.weight.is_linear):
                 print(f"{kind:16}n/a: its rows do not divide into blocks")
                 break
@@ -198,14 +198,14 @@ def measure(case: Case, wanted: list[str] | None) -> Iterator[Row]:
             yield row
             if (kind, name) == ("int4-g32", "gptq"):
                 for cache in ("q8_0", "q4_0"):
-                    yield replace(row, method=f"gptq, KV {cache}", found=_judged(case, cache))
+                    yield replace(row, method=f"gptq, KV {cache}", found=judged(case, cache))
     for mix in _MIXES:
         if wanted and mix not in wanted:
             continue
         for name, method in (("ggml + imatrix", "imatrix"), ("gptq", "gptq")):
             plan = make_plan(case.decoder, mix, method)
             yield _row(case, f"mix {mix}", name, f"mix {mix}", plan, _by_slimport)
-    floats = make_plan(case.decoder, "int4", "rtn", {_LINEARS: FLOAT})
+    floats = make_plan(case.decoder, "int4", "rtn", {LINEARS: FLOAT})
     yield _row(case, "float16", "", "", floats, _by_slimport)
 
 
@@ -260,7 +260,7 @@ def _row(case: Case, kind: str, method: str, peer: str, plan: Plan, solve: Solve
     quantized = solve(case, plan)
     seconds = time.perf_counter() - started
     gguf.write(quantized, case.tokenizer, case.work)
-    found = _judged(case)
+    found = judged(case)
     sizes = gguf.tensor_bytes(case.decoder, plan)
     counted = [
         choice.weight
@@ -272,7 +272,7 @@ def _row(case: Case, kind: str, method: str, peer: str, plan: Plan, solve: Solve
     return Row(kind, method, peer, nbytes, bits, seconds, found)
 
 
-def _judged(case: Case, kv_cache: str = "f16") -> Divergence:
+def judged(case: Case, kv_cache: str = "f16") -> Divergence:
     """The file that was written last, in llama.cpp."""
     artifact = case.work / "artifact.npy"
     llamacpp.logits(case.work / gguf.FILE, case.held_out.ids, artifact, kv_cache=kv_cache)

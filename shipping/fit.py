@@ -21,6 +21,7 @@ from ..settings import format_size
 from ..validation.planned_memory import KNOWN
 from .shipment import Job, refuse_plan
 from .source import Source
+from .texts import Texts
 
 Progress = Callable[[str, int, int], None]
 Sizes = dict[str, int]
@@ -261,6 +262,21 @@ class Search:
             f"within the sizes the least loss is {loss}, and {wanted or 0:.2g} is wanted",
             "raise --max-kl or --fit, or give finer grids with --fit-grid",
         )
+
+
+def windows_to_measure(texts: Texts) -> Windows:
+    """The calibration text that losses are measured on.
+
+    Raises:
+        UsageError: there is an importance matrix in its place.
+    """
+    if isinstance(texts.calibration, Windows):
+        return texts.calibration
+    raise UsageError(
+        "grids cannot be searched by an importance matrix",
+        "losses are measured on text",
+        "give a text with --calibration FILE in place of --imatrix",
+    )
 
 
 def losses_of(search: Search, windows: Windows, progress: Progress) -> Losses:

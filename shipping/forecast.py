@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,10 @@ from ..quantize.blocks import BlockGrid
 from ..quantize.palette import PaletteGrid
 from ..quantize.plan import Choice, Plan, grid_summary
 from ..recipe import Recipe
-from .shipment import plan_jobs
+from . import fit
+from .shipment import make_jobs, plan_jobs
 from .source import Source, open_source, plan_of
-from .texts import refuse_missing
+from .texts import Progress, read_texts, refuse_missing
 
 # Measured on two cores of a server CPU; a forecast, and said to be one.
 _RTN_SECONDS = 4e-9  # per weight: search, packing, read-back, digests
@@ -67,19 +68,33 @@ class Forecast:
     disk: int
     free_disk: int
     seconds: float
+    fit: fit.Fit | None = None
 
     def to_json(self) -> dict[str, Any]:
-        return {"schema": "slimport.forecast/1", **asdict(self)}
+        stated = {each.name: getattr(self, each.name) for each in fields(self)}
+        found = stated.pop("fit")
+        stated["jobs"] = [asdict(job) for job in self.jobs]
+        searched = {} if found is None else {"fit": found.to_json()}
+        return {"schema": "slimport.forecast/1", **stated, **searched}
 
 
-def forecast(recipe: Recipe, *, offline: bool = False, validate: bool = True) -> Forecast:
+def forecast(
+    recipe: Recipe,
+    *,
+    offline: bool = False,
+    validate: bool = True,
+    progress: Progress = lambda stage, done, total: None,
+) -> Forecast:
     """Predict an export; refuses what the export would refuse.
+
+    A search for grids measures losses, which takes a while, and makes nothing.
 
     Raises:
         SlimportError: as `pipeline.export` would before its work starts.
     """
     source = open_source(recipe, offline=offline)
-    plan = plan_of(recipe, source)
+    found = _searched(recipe, source, progress) if recipe.fit.is_wanted else None
+    plan = plan_of(recipe, source) if found is None else found.plan
     refuse_missing(recipe, source, calibrate=plan.calibrated, validate=validate)
     if recipe.quantize.imatrix:
         imatrix.read(recipe.quantize.imatrix, source.decoder)
@@ -109,7 +124,15 @@ def forecast(recipe: Recipe, *, offline: bool = False, validate: bool = True) ->
         + _temporary(recipe, plan, source),
         free_disk=_free(recipe.output),
         seconds=_seconds(recipe, plan, source),
+        fit=found,
     )
+
+
+def _searched(recipe: Recipe, source: Source, progress: Progress) -> fit.Fit:
+    """The plan of a search; with a limit on the loss, by predictions alone."""
+    search = fit.Search(recipe, source, make_jobs(recipe, source))
+    texts = read_texts(recipe, source, calibrate=True, validate=False, progress=progress)
+    return search.find(fit.losses_of(search, fit.windows_to_measure(texts), progress))
 
 
 def _memory(plan: Plan) -> int:

@@ -184,6 +184,25 @@ def test_an_export_keeps_its_size(model: Path, tmp_path: Path, run: Any) -> None
     assert refused.code == 2 and "--quantized cannot be fitted" in refused.err
 
 
+def test_a_dry_run_shows_the_plan_and_writes_nothing(model: Path, tmp_path: Path, run: Any) -> None:
+    (tmp_path / "text.txt").write_text("Once upon a time there was a little fox. " * 60)
+    words = ["export", model, "--target", "android", "--calibration", tmp_path / "text.txt"]
+    words += ["--fit", "700kB", "--fit-grid", "int4-g32", "--fit-grid", "int8-row", "--dry-run"]
+    found = run(*words, "-o", tmp_path / "dist", "-q", "--json").json
+    assert 680_000 < found["fit"]["device_bytes"]["android"] <= 700_000
+    assert sum(found["jobs"][0]["files"].values()) == found["fit"]["device_bytes"]["android"]
+    assert not (tmp_path / "dist").exists()
+
+
+def test_verbs_that_do_not_search_say_so(model: Path, tmp_path: Path, run: Any) -> None:
+    recipe = tmp_path / "slimport.toml"
+    recipe.write_text(f'model = "{model}"\n[fit]\ndevice_bytes = "400 kB"\n')
+    done = run("quantize", "--config", recipe, "-o", tmp_path / "q")
+    assert done.code == 2 and "wants grids that fit" in done.err
+    shown = run("inspect", "--config", recipe, "--json").json
+    assert shown["fit"] == {"device_bytes": 400_000} and "plan" not in shown
+
+
 def test_limits_are_budgets_of_the_bundle(model: Path) -> None:
     search, _ = search_of(model, device_bytes="400 kB", kl_mean=0.02)
     from slimport.shipping import shipment
