@@ -15,7 +15,16 @@ from ..errors import BadInput, UsageError
 from .blocks import ANY_GRIDS, BLOCK_GRIDS, AnyGrid, BlockGrid
 from .codes import CODES
 from .ggml import NEEDS_IMPORTANCE, Type
-from .grid import GRIDS, INT2_G64, INT4_G32, INT4_G32_SIGNED, INT8_ROW, NF4_G64, Grid
+from .grid import (
+    GRIDS,
+    INT2_G64,
+    INT4_G32,
+    INT4_G32_SIGNED,
+    INT8_ROW,
+    NF4_G64,
+    Grid,
+    listed,
+)
 from .mixes import MIXES, held_type, wanted_type
 from .palette import LUT4_R16, LUT6_R16, PALETTE_GRIDS, PaletteGrid
 
@@ -306,7 +315,7 @@ def _grid(pattern: str, name: str) -> AnyGrid | None:
     if name not in ANY_GRIDS:
         raise UsageError(
             f"grid {name!r} of pattern {pattern!r} is not known",
-            f"the grids are {', '.join([*GRIDS, *PALETTE_GRIDS])}, ggml's"
+            f"the grids are {listed([*GRIDS, *PALETTE_GRIDS])}, ggml's"
             f" {', '.join(BLOCK_GRIDS)}, or {FLOAT} to leave a weight as it is",
             "choose one of them",
         )

@@ -153,6 +153,7 @@ class _Block:
         values: int8 codes, ggml's blocks, or float32 values of a weight without a grid.
         stored: the same as they are written.
         scale: of codes, or their levels.
+        zero_points: packed, where the grid has them.
         lost: by rounding.
     """
 
@@ -161,6 +162,7 @@ class _Block:
     values: Int8 | UInt8 | Float32
     stored: UInt8 | Float32
     scale: Float32 | None = None
+    zero_points: UInt8 | None = None
     lost: Loss = NOTHING
 
 
@@ -282,7 +284,7 @@ def rounded(values: Float32, choice: Choice, importance: Float32 | None) -> Quan
 def _quantized_block(name: str, values: Float32, tensor: Quantized) -> _Block:
     lost = loss.measure(np.ascontiguousarray(values), tensor)
     if isinstance(tensor, BlockTensor):
-        return _Block(name, values.size, tensor.blocks, tensor.blocks, None, lost)
+        return _Block(name, values.size, tensor.blocks, tensor.blocks, lost=lost)
     return replace(_coded_block(name, tensor), lost=lost)
 
 
@@ -290,6 +292,11 @@ def _coded_block(name: str, tensor: QuantizedTensor | PaletteTensor) -> _Block:
     codes, bits = np.ascontiguousarray(tensor.codes), tensor.grid.bits
     if isinstance(tensor, PaletteTensor):
         return _Block(name, codes.size, codes, pack_unsigned(codes, bits), tensor.levels)
+    if tensor.grid.asymmetric:
+        counted, zero_points = tensor.from_zero()
+        points = pack_unsigned(zero_points.view(np.int8), bits)
+        packed = pack_unsigned(counted, bits)
+        return _Block(name, codes.size, codes, packed, tensor.scale, points)
     return _Block(name, codes.size, codes, pack(codes, bits), tensor.scale)
 
 
@@ -324,6 +331,7 @@ def _write_weight(choice: Choice, blocks: Iterable[_Block], append: store.Append
     weight, grid = choice.weight, choice.grid
     digest = start_digest(weight.name, grid.name if grid else "float32", weight.shape)
     scales: list[Float32] = []
+    zero_points: list[UInt8] = []
     lost = NOTHING
     for block in blocks:
         append(block.stored.data)
@@ -331,6 +339,8 @@ def _write_weight(choice: Choice, blocks: Iterable[_Block], append: store.Append
         lost += block.lost
         if block.scale is not None:
             scales.append(block.scale)
+        if block.zero_points is not None:
+            zero_points.append(block.zero_points)
     if grid is None:
         return Record(digest.hexdigest())
     if not isinstance(grid, BlockGrid):
@@ -338,6 +348,8 @@ def _write_weight(choice: Choice, blocks: Iterable[_Block], append: store.Append
         dtype = LEVEL_DTYPE if isinstance(grid, PaletteGrid) else grid.scale_dtype
         append(scale.astype(dtype).data)
         digest.update(scale.astype("<f4").data)
+    for points in zero_points:
+        append(points.data)
     record = Record(digest.hexdigest(), lost.relative, lost.relative - lost.without_limits)
     return _checked(choice, record)
 

@@ -71,6 +71,8 @@ def test_onnxruntime_computes_the_logits_of_transformers(
         {"*": "int4-g32-signed"},
         {"*": "int8-row"},
         {"*": "int8-g32"},
+        {"*": "uint4-g16-f16", "*down*": "uint4-row", "*up*": "int4-g128", "*gate*": "int4-row"},
+        {"*": "int8-g64-f16", "*down*": "uint4-g128", "*up*": "int4-g16-f16"},
         {"*": "int2-g64"},
         {"*": "int2-g256"},
         {"*.layers.*": "nf4-g64"},
