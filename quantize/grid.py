@@ -126,7 +126,10 @@ NF4_G64 = Grid(
         *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
     ),
 )
-_OTHERS = (INT4_G32_SIGNED, INT2_G64, INT2_G256, NF4_G64)
+# bitsandbytes' float of 4 bits: a sign, two bits of exponent, one of mantissa, over 12.
+_FP4 = tuple(float(np.float32(level / 12)) for level in (0, 0.0625, 8, 12, 4, 6, 2, 3))
+FP4_G64 = replace(NF4_G64, name="fp4-g64", levels=(*_FP4, *(-level for level in _FP4)))
+_OTHERS = (INT4_G32_SIGNED, INT2_G64, INT2_G256, NF4_G64, FP4_G64)
 GRIDS = LINEAR | {grid.name: grid for grid in _OTHERS}
 
 

@@ -33,6 +33,7 @@ FLOAT = "float16"  # as a pattern's value: the weight stays float
 # tables without one, as llama-quantize does it; of a palettized grid k-means weighed by it. kmeans:
 # of a palettized grid, without weights.
 METHODS = ("rtn", "rtn-absmax", "gptq", "imatrix", "kmeans")
+GIVEN = "given"  # as whoever quantized the checkpoint chose its codes; not a method to ask for
 _INSTEAD = "instead of"
 _NO_PATTERNS: Mapping[str, str] = MappingProxyType({})
 
@@ -68,7 +69,7 @@ class Choice:
 
     Attributes:
         grid: None: the weight stays float (float16 in containers, float32 if it is 1-D).
-        method: one of METHODS, or "" where grid is None.
+        method: one of METHODS, or GIVEN, or "" where grid is None.
         reason: where the choice comes from, for people.
     """
 
@@ -195,6 +196,42 @@ def make_plan(
                 "correct the pattern; `slimport inspect --json` lists every name",
             )
     return Plan(preset, tuple(_choose(w, config, preset, method, grids) for w in every))
+
+
+def keep_given(
+    plan: Plan, given: Mapping[str, AnyGrid], maker: str, patterns: Mapping[str, str]
+) -> Plan:
+    """A plan for a checkpoint that is quantized: its codes stay as they are.
+
+    Linears that their maker left in full precision stay float16 unless a pattern gives them a grid;
+    tables are as in the plan.
+
+    Args:
+        given: {source name: grid} of the weights that are quantized.
+        maker: of their codes.
+        patterns: those that the plan was made with.
+
+    Raises:
+        UsageError: a pattern would quantize a weight again.
+    """
+
+    def kept(choice: Choice) -> Choice:
+        weight, grid = choice.weight, given.get(choice.weight.name)
+        matching = [pattern for pattern in patterns if fnmatchcase(weight.name, pattern)]
+        if grid is not None:
+            if matching and patterns[matching[-1]] != grid.name:
+                raise UsageError(
+                    f"{weight.name} is quantized already, on {grid.name}",
+                    f"pattern {matching[-1]} asks for {patterns[matching[-1]]}, and nothing is"
+                    " quantized twice",
+                    "remove the pattern, or export the full-precision model",
+                )
+            return Choice(weight, grid, GIVEN, f"{maker} quantized it")
+        if weight.is_linear and choice.grid is not None and not matching:
+            return Choice(weight, None, "", f"{maker} left it as it is: stays {FLOAT}")
+        return choice
+
+    return Plan(plan.preset, tuple(kept(choice) for choice in plan.choices))
 
 
 def _choose(
@@ -329,7 +366,7 @@ def _read(weight: Weight, entry: Mapping[str, Any]) -> Choice:
         weight.is_matrix and grid.fits((weight.shape[0], weight.shape[1]))
     ):
         raise ValueError(f"{weight.name} of shape {weight.shape} cannot be on {name}")
-    if method not in (METHODS if grid else ("",)):
+    if method not in ((*METHODS, GIVEN) if grid else ("",)):
         raise ValueError(f"{weight.name} has grid {name} and method {method!r}")
     return Choice(weight, grid, method, str(entry["reason"]))
 

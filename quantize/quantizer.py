@@ -27,13 +27,14 @@ from . import blocks as ggml_blocks
 from . import loss, store
 from .blocks import BlockGrid, BlockTensor, Quantized
 from .floats import half
+from .given import Given
 from .grid import SCALE_CEILING, Float32, Grid, Int8
 from .imatrix import Imatrix
 from .loss import NOTHING, Loss
 from .methods import codebook, kmeans, kquants, rtn
 from .packing import UInt8, pack, pack_unsigned
 from .palette import LARGEST_LEVEL, LEVEL_DTYPE, PaletteGrid, PaletteTensor
-from .plan import FLOAT, Choice, Plan
+from .plan import FLOAT, GIVEN, Choice, Plan
 from .store import Origin, QuantizedCheckpoint, Record
 from .tensor import QuantizedTensor, start_digest
 from .windows import Windows
@@ -62,7 +63,7 @@ def quantize(
     A checkpoint that must not be lost is replaced as `bundle.replacing` does.
 
     Args:
-        weights: full precision, adapters merged; `rows` is called from several threads.
+        weights: full precision, adapters merged, or Given; `rows` is called from several threads.
         config: config.json of these weights.
         calibration: windows for calibrated methods, or for method imatrix alone an importance
             matrix; not used without one.
@@ -241,6 +242,9 @@ def _by_rows(
     """Blocks of rows in order, solved a few ahead in threads."""
     waiting: deque[Future[_Block]] = deque()
     for choice in choices:
+        if choice.method == GIVEN:
+            waiting.append(pool.submit(_carried, weights, choice))
+            continue
         rows, *rest = choice.weight.shape
         step = max(1, _BLOCK // math.prod(rest))
         if isinstance(choice.grid, PaletteGrid):  # whole groups
@@ -252,6 +256,13 @@ def _by_rows(
                 yield waiting.popleft().result()
     while waiting:
         yield waiting.popleft().result()
+
+
+def _carried(weights: Weights, choice: Choice) -> _Block:
+    """A whole weight with the codes that it came with."""
+    assert isinstance(weights, Given), "only they are planned so"
+    (block,) = _restored([(choice.weight.name, weights.load(choice.weight.name))])
+    return block
 
 
 def _solve_rows(

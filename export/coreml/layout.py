@@ -57,6 +57,7 @@ FORMS = {
     "int2-g64": Form(UINT2, "<f2", "|i1"),
     "int2-g256": Form(UINT2, "<f2", "|i1"),
     "nf4-g64": Form(UINT4, "<f4", "<f4"),
+    "fp4-g64": Form(UINT4, "<f4", "<f4"),
     "lut4-r16": Form(UINT4, None, "<f2"),
     "lut6-r16": Form(UINT6, None, "<f2"),
 }

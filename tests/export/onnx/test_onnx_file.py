@@ -75,7 +75,7 @@ def test_onnxruntime_computes_the_logits_of_transformers(
         {"*": "int8-g64-f16", "*down*": "uint4-g128", "*up*": "int4-g16-f16"},
         {"*": "int2-g64"},
         {"*": "int2-g256"},
-        {"*.layers.*": "nf4-g64"},
+        {"*.layers.*": "nf4-g64", "*up*": "fp4-g64", "*q_proj*": "fp4-g64"},
         {"*v_proj*": "int8-row"},
         {"*": "float16", "*down*": "int2-g64"},
     ],
