@@ -40,6 +40,8 @@ MODEL_FILES = ("config.json", SINGLE, INDEX, "model-*.safetensors", *TOKENIZER_F
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 _DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
+_WHOLE = {"I8": "|i1", "U8": "|u1", "I32": "<i4", "U32": "<u4", "I64": "<i8"}  # codes of others
+QUANTIZED_KEYS = ("quantization_config", "quantization")  # of config.json, by others' quantizers
 _HEADER_LIMIT = 100_000_000  # the limit of the safetensors library
 _SHARD = re.compile(r"[^/\\]+\.safetensors")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -114,7 +116,9 @@ class Checkpoint:
         _check_files(folder)
         _refuse_adapter(folder)
         config = read_json(folder / "config.json")
-        return cls(folder, config, name, commit, MappingProxyType(_read_headers(folder)))
+        packed = any(config.get(key) for key in QUANTIZED_KEYS)
+        tensors = _read_headers(folder, packed)
+        return cls(folder, config, name, commit, MappingProxyType(tensors))
 
     def names(self) -> tuple[str, ...]:
         return tuple(self.tensors)
@@ -129,6 +133,25 @@ class Checkpoint:
             BadInput: NaN or infinite values among them.
         """
         return read_rows(name, self.tensors[name], start, stop)
+
+    def integers(self, name: str) -> npt.NDArray[Any]:
+        """A tensor of integers as it is stored, of a model that others quantized.
+
+        Raises:
+            BadInput: it is not there, or holds floats.
+        """
+        tensor = self.tensors.get(name)
+        if tensor is None or tensor.dtype not in _WHOLE:
+            raise BadInput(
+                f"{name} is missing, or holds no integers",
+                "config.json says that the model is quantized, and its codes should be there",
+                "download the model again, all files from one revision",
+            )
+        dtype, count = np.dtype(_WHOLE[tensor.dtype]), math.prod(tensor.shape)
+        found = np.fromfile(tensor.file, dtype, count, offset=tensor.offset)
+        if found.size != count:
+            raise _damaged(tensor.file, f"{name} ends too early: the file changed meanwhile")
+        return found.reshape(tensor.shape)
 
     def digest(self) -> str:
         """`sha256:...` over name, size and content of config.json and the weight files."""
@@ -190,8 +213,11 @@ def refuse_lfs_pointer(path: Path) -> None:
             )
 
 
-def read_header(path: Path) -> dict[str, StoredTensor]:
+def read_header(path: Path, packed: bool = False) -> dict[str, StoredTensor]:
     """The tensors of one safetensors file, in the order of their data.
+
+    Args:
+        packed: whether there may be integers: codes of a model that others quantized.
 
     Raises:
         BadInput: a Git-LFS pointer, a damaged or truncated file, tensors that overlap or leave a
@@ -210,7 +236,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     if not isinstance(header, dict):
         raise _damaged(path, "its header is not a JSON object")
     header.pop("__metadata__", None)
-    entries = [(name, *_entry(path, name, entry)) for name, entry in header.items()]
+    entries = [(name, *_entry(path, name, entry, packed)) for name, entry in header.items()]
     entries.sort(key=lambda entry: entry[3:])
     return dict(_place(path, entries, 8 + length, size))
 
@@ -219,7 +245,9 @@ _ENTRY_KEYS = ("dtype", "shape", "data_offsets")
 _Entry = tuple[str, str, tuple[int, ...], int, int]
 
 
-def _entry(path: Path, name: str, entry: object) -> tuple[str, tuple[int, ...], int, int]:
+def _entry(
+    path: Path, name: str, entry: object, packed: bool
+) -> tuple[str, tuple[int, ...], int, int]:
     """dtype, shape, begin and end of one entry of a header."""
     try:
         dtype, shape, (begin, end) = (cast(Any, entry)[key] for key in _ENTRY_KEYS)
@@ -228,7 +256,7 @@ def _entry(path: Path, name: str, entry: object) -> tuple[str, tuple[int, ...], 
         raise _damaged(path, f"the entry of {name} is not dtype, shape, offsets") from error
     if not valid:
         raise _damaged(path, f"{name} has shape {shape} and offsets {begin}, {end}")
-    if dtype not in _DTYPES:
+    if dtype not in _DTYPES and not (packed and dtype in _WHOLE):
         raise BadInput(
             f"{name} in {path.name} has dtype {dtype}",
             "weights are quantized once, from floats of 16, 32 or 64 bits",
@@ -243,7 +271,7 @@ def _place(
     """Check that the data of all tensors fill the file without gap or overlap."""
     position = 0
     for name, dtype, shape, begin, end in entries:
-        needed = math.prod(shape) * np.dtype(_DTYPES[dtype]).itemsize
+        needed = math.prod(shape) * np.dtype((_DTYPES | _WHOLE)[dtype]).itemsize
         if end - begin != needed:
             raise _damaged(path, f"{name} {shape} {dtype} needs {needed} bytes, has {end - begin}")
         if begin != position:
@@ -259,8 +287,14 @@ def read_rows(name: str, tensor: StoredTensor, start: int = 0, stop: int | None 
     """Rows [start:stop) of a stored tensor along its first axis, as float32; only they are read.
 
     Raises:
-        BadInput: NaN or infinite values among them, or a value beyond float32.
+        BadInput: NaN or infinite values among them, a value beyond float32, or integers.
     """
+    if tensor.dtype not in _DTYPES:
+        raise BadInput(
+            f"{name} in {tensor.file.name} has dtype {tensor.dtype}",
+            "it holds codes, and a weight in their place is expected",
+            "export the full-precision model",
+        )
     rows = tensor.shape[0] if tensor.shape else 1
     start, stop, _ = slice(start, stop).indices(rows)
     shape = (max(stop - start, 0), *tensor.shape[1:])
@@ -293,7 +327,7 @@ def _refuse_not_finite(name: str, tensor: StoredTensor, block: Float32) -> None:
     )
 
 
-def _read_headers(folder: Path) -> dict[str, StoredTensor]:
+def _read_headers(folder: Path, packed: bool) -> dict[str, StoredTensor]:
     """All tensors of a model folder, by the index if there is one."""
     single, index = folder / SINGLE, folder / INDEX
     if single.exists() and index.exists():
@@ -303,13 +337,13 @@ def _read_headers(folder: Path) -> dict[str, StoredTensor]:
             "remove the one that is out of date",
         )
     if single.exists():
-        return read_header(single)
+        return read_header(single, packed)
     if index.exists():
-        return _read_shards(folder, index)
+        return _read_shards(folder, index, packed)
     raise _no_weights(folder)
 
 
-def _read_shards(folder: Path, index: Path) -> dict[str, StoredTensor]:
+def _read_shards(folder: Path, index: Path, packed: bool) -> dict[str, StoredTensor]:
     mapping = read_json(index).get("weight_map")
     if not isinstance(mapping, dict) or not all(isinstance(f, str) for f in mapping.values()):
         raise BadInput(
@@ -325,7 +359,7 @@ def _read_shards(folder: Path, index: Path) -> dict[str, StoredTensor]:
             )
         if not (folder / shard).exists():
             raise BadInput(f"{shard} is missing", f"{INDEX} names it", f"download it into {folder}")
-        tensors = read_header(folder / shard)
+        tensors = read_header(folder / shard, packed)
         named = {name for name, file in mapping.items() if file == shard}
         if odd := sorted(named ^ tensors.keys()):
             holder, other = (INDEX, shard) if odd[0] in named else (shard, INDEX)

@@ -45,6 +45,12 @@ class Stored:
         bits = _BITS.get(self.dtype) or 8 * np.dtype(self.dtype).itemsize
         return -(-math.prod(self.shape) * bits // 8)
 
+    @property
+    def unused_bits(self) -> int:
+        """Of the last byte."""
+        bits = _BITS.get(self.dtype) or 8 * np.dtype(self.dtype).itemsize
+        return -math.prod(self.shape) * bits % 8
+
 
 @dataclass(frozen=True, slots=True)
 class Matrix:

@@ -15,7 +15,16 @@ from ..errors import BadInput, UsageError
 from .blocks import ANY_GRIDS, BLOCK_GRIDS, AnyGrid, BlockGrid
 from .codes import CODES
 from .ggml import NEEDS_IMPORTANCE, Type
-from .grid import GRIDS, INT2_G64, INT4_G32, INT4_G32_SIGNED, INT8_ROW, NF4_G64, Grid
+from .grid import (
+    GRIDS,
+    INT2_G64,
+    INT4_G32,
+    INT4_G32_SIGNED,
+    INT8_ROW,
+    NF4_G64,
+    Grid,
+    listed,
+)
 from .mixes import MIXES, held_type, wanted_type
 from .palette import LUT4_R16, LUT6_R16, PALETTE_GRIDS, PaletteGrid
 
@@ -24,6 +33,7 @@ FLOAT = "float16"  # as a pattern's value: the weight stays float
 # tables without one, as llama-quantize does it; of a palettized grid k-means weighed by it. kmeans:
 # of a palettized grid, without weights.
 METHODS = ("rtn", "rtn-absmax", "gptq", "imatrix", "kmeans")
+GIVEN = "given"  # as whoever quantized the checkpoint chose its codes; not a method to ask for
 _INSTEAD = "instead of"
 _NO_PATTERNS: Mapping[str, str] = MappingProxyType({})
 
@@ -59,7 +69,7 @@ class Choice:
 
     Attributes:
         grid: None: the weight stays float (float16 in containers, float32 if it is 1-D).
-        method: one of METHODS, or "" where grid is None.
+        method: one of METHODS, or GIVEN, or "" where grid is None.
         reason: where the choice comes from, for people.
     """
 
@@ -188,6 +198,42 @@ def make_plan(
     return Plan(preset, tuple(_choose(w, config, preset, method, grids) for w in every))
 
 
+def keep_given(
+    plan: Plan, given: Mapping[str, AnyGrid], maker: str, patterns: Mapping[str, str]
+) -> Plan:
+    """A plan for a checkpoint that is quantized: its codes stay as they are.
+
+    Linears that their maker left in full precision stay float16 unless a pattern gives them a grid;
+    tables are as in the plan.
+
+    Args:
+        given: {source name: grid} of the weights that are quantized.
+        maker: of their codes.
+        patterns: those that the plan was made with.
+
+    Raises:
+        UsageError: a pattern would quantize a weight again.
+    """
+
+    def kept(choice: Choice) -> Choice:
+        weight, grid = choice.weight, given.get(choice.weight.name)
+        matching = [pattern for pattern in patterns if fnmatchcase(weight.name, pattern)]
+        if grid is not None:
+            if matching and patterns[matching[-1]] != grid.name:
+                raise UsageError(
+                    f"{weight.name} is quantized already, on {grid.name}",
+                    f"pattern {matching[-1]} asks for {patterns[matching[-1]]}, and nothing is"
+                    " quantized twice",
+                    "remove the pattern, or export the full-precision model",
+                )
+            return Choice(weight, grid, GIVEN, f"{maker} quantized it")
+        if weight.is_linear and choice.grid is not None and not matching:
+            return Choice(weight, None, "", f"{maker} left it as it is: stays {FLOAT}")
+        return choice
+
+    return Plan(plan.preset, tuple(kept(choice) for choice in plan.choices))
+
+
 def _choose(
     weight: Weight,
     config: DecoderConfig,
@@ -306,7 +352,7 @@ def _grid(pattern: str, name: str) -> AnyGrid | None:
     if name not in ANY_GRIDS:
         raise UsageError(
             f"grid {name!r} of pattern {pattern!r} is not known",
-            f"the grids are {', '.join([*GRIDS, *PALETTE_GRIDS])}, ggml's"
+            f"the grids are {listed([*GRIDS, *PALETTE_GRIDS])}, ggml's"
             f" {', '.join(BLOCK_GRIDS)}, or {FLOAT} to leave a weight as it is",
             "choose one of them",
         )
@@ -320,7 +366,7 @@ def _read(weight: Weight, entry: Mapping[str, Any]) -> Choice:
         weight.is_matrix and grid.fits((weight.shape[0], weight.shape[1]))
     ):
         raise ValueError(f"{weight.name} of shape {weight.shape} cannot be on {name}")
-    if method not in (METHODS if grid else ("",)):
+    if method not in ((*METHODS, GIVEN) if grid else ("",)):
         raise ValueError(f"{weight.name} has grid {name} and method {method!r}")
     return Choice(weight, grid, method, str(entry["reason"]))
 

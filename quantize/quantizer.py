@@ -27,13 +27,14 @@ from . import blocks as ggml_blocks
 from . import loss, store
 from .blocks import BlockGrid, BlockTensor, Quantized
 from .floats import half
+from .given import Given
 from .grid import SCALE_CEILING, Float32, Grid, Int8
 from .imatrix import Imatrix
 from .loss import NOTHING, Loss
 from .methods import codebook, kmeans, kquants, rtn
 from .packing import UInt8, pack, pack_unsigned
 from .palette import LARGEST_LEVEL, LEVEL_DTYPE, PaletteGrid, PaletteTensor
-from .plan import FLOAT, Choice, Plan
+from .plan import FLOAT, GIVEN, Choice, Plan
 from .store import Origin, QuantizedCheckpoint, Record
 from .tensor import QuantizedTensor, start_digest
 from .windows import Windows
@@ -62,7 +63,7 @@ def quantize(
     A checkpoint that must not be lost is replaced as `bundle.replacing` does.
 
     Args:
-        weights: full precision, adapters merged; `rows` is called from several threads.
+        weights: full precision, adapters merged, or Given; `rows` is called from several threads.
         config: config.json of these weights.
         calibration: windows for calibrated methods, or for method imatrix alone an importance
             matrix; not used without one.
@@ -153,6 +154,7 @@ class _Block:
         values: int8 codes, ggml's blocks, or float32 values of a weight without a grid.
         stored: the same as they are written.
         scale: of codes, or their levels.
+        zero_points: packed, where the grid has them.
         lost: by rounding.
     """
 
@@ -161,6 +163,7 @@ class _Block:
     values: Int8 | UInt8 | Float32
     stored: UInt8 | Float32
     scale: Float32 | None = None
+    zero_points: UInt8 | None = None
     lost: Loss = NOTHING
 
 
@@ -239,6 +242,9 @@ def _by_rows(
     """Blocks of rows in order, solved a few ahead in threads."""
     waiting: deque[Future[_Block]] = deque()
     for choice in choices:
+        if choice.method == GIVEN:
+            waiting.append(pool.submit(_carried, weights, choice))
+            continue
         rows, *rest = choice.weight.shape
         step = max(1, _BLOCK // math.prod(rest))
         if isinstance(choice.grid, PaletteGrid):  # whole groups
@@ -250,6 +256,13 @@ def _by_rows(
                 yield waiting.popleft().result()
     while waiting:
         yield waiting.popleft().result()
+
+
+def _carried(weights: Weights, choice: Choice) -> _Block:
+    """A whole weight with the codes that it came with."""
+    assert isinstance(weights, Given), "only they are planned so"
+    (block,) = _restored([(choice.weight.name, weights.load(choice.weight.name))])
+    return block
 
 
 def _solve_rows(
@@ -282,7 +295,7 @@ def rounded(values: Float32, choice: Choice, importance: Float32 | None) -> Quan
 def _quantized_block(name: str, values: Float32, tensor: Quantized) -> _Block:
     lost = loss.measure(np.ascontiguousarray(values), tensor)
     if isinstance(tensor, BlockTensor):
-        return _Block(name, values.size, tensor.blocks, tensor.blocks, None, lost)
+        return _Block(name, values.size, tensor.blocks, tensor.blocks, lost=lost)
     return replace(_coded_block(name, tensor), lost=lost)
 
 
@@ -290,6 +303,11 @@ def _coded_block(name: str, tensor: QuantizedTensor | PaletteTensor) -> _Block:
     codes, bits = np.ascontiguousarray(tensor.codes), tensor.grid.bits
     if isinstance(tensor, PaletteTensor):
         return _Block(name, codes.size, codes, pack_unsigned(codes, bits), tensor.levels)
+    if tensor.grid.asymmetric:
+        counted, zero_points = tensor.from_zero()
+        points = pack_unsigned(zero_points.view(np.int8), bits)
+        packed = pack_unsigned(counted, bits)
+        return _Block(name, codes.size, codes, packed, tensor.scale, points)
     return _Block(name, codes.size, codes, pack(codes, bits), tensor.scale)
 
 
@@ -324,6 +342,7 @@ def _write_weight(choice: Choice, blocks: Iterable[_Block], append: store.Append
     weight, grid = choice.weight, choice.grid
     digest = start_digest(weight.name, grid.name if grid else "float32", weight.shape)
     scales: list[Float32] = []
+    zero_points: list[UInt8] = []
     lost = NOTHING
     for block in blocks:
         append(block.stored.data)
@@ -331,6 +350,8 @@ def _write_weight(choice: Choice, blocks: Iterable[_Block], append: store.Append
         lost += block.lost
         if block.scale is not None:
             scales.append(block.scale)
+        if block.zero_points is not None:
+            zero_points.append(block.zero_points)
     if grid is None:
         return Record(digest.hexdigest())
     if not isinstance(grid, BlockGrid):
@@ -338,6 +359,8 @@ def _write_weight(choice: Choice, blocks: Iterable[_Block], append: store.Append
         dtype = LEVEL_DTYPE if isinstance(grid, PaletteGrid) else grid.scale_dtype
         append(scale.astype(dtype).data)
         digest.update(scale.astype("<f4").data)
+    for points in zero_points:
+        append(points.data)
     record = Record(digest.hexdigest(), lost.relative, lost.relative - lost.without_limits)
     return _checked(choice, record)
 

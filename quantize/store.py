@@ -1,9 +1,10 @@
 """The quantized checkpoint on disk: safetensors shards and quantization.json.
 
 A shard per decoder layer, `model-00001-of-00024.safetensors`; in it `<weight>.codes` (packing.py)
-and `<weight>.scale` (float16, exact: a scale has 8 significant bits; float32 where the grid has
-levels), of a palettized grid codes without a sign and `<weight>.levels` (float16, exact), or
-`<weight>.blocks` of a ggml type, and float weights as float32 under their own names.
+and `<weight>.scale` (float16, exact; float32 where the grid's scales have more bits), with zero
+points also `<weight>.zero_point` (both without a sign, packed alike), of a palettized grid codes
+without a sign and `<weight>.levels` (float16, exact), or `<weight>.blocks` of a ggml type, and
+float weights as float32 under their own names.
 Config, tokenizer and licence files lie beside them.
 """
 
@@ -208,9 +209,18 @@ class QuantizedCheckpoint:
                     codes = unpack_unsigned(packed, choice.grid.bits, choice.weight.shape[1])
                     return PaletteTensor(choice.grid, codes, levels)
                 scale = file.get_slice(f"{name}.scale")[rows]
+                zero_point = None
+                if choice.grid.asymmetric:
+                    zero_point = file.get_slice(f"{name}.zero_point")[rows]
         except (SafetensorError, OSError) as error:
             raise _malformed(self.folder, f"{name} cannot be read: {error}") from error
-        codes = unpack(packed, choice.grid.bits, choice.weight.shape[1])
+        bits, columns = choice.grid.bits, choice.weight.shape[1]
+        if zero_point is None:
+            codes = unpack(packed, bits, columns)
+        else:
+            points = unpack_unsigned(zero_point, bits, scale.shape[1])
+            codes = unpack_unsigned(packed, bits, columns)
+            codes.reshape(*points.shape, -1)[...] -= points[:, :, None]
         return QuantizedTensor(choice.grid, codes, scale.astype(np.float32))
 
 
@@ -273,8 +283,8 @@ def writing(folder: Path) -> Iterator[None]:
 def open_shard(folder: Path, index: int, count: int, shard: Shard) -> Iterator[Append]:
     """Shard `index` (from 0) of `count`, its header written; yields a function that appends.
 
-    Append, weight by weight, the packed codes and then the scales or levels, the blocks, or the
-    float values.
+    Append, weight by weight, the packed codes, the scales or levels and the zero points, the
+    blocks, or the float values.
     """
     path = folder / f"model-{index + 1:05d}-of-{count:05d}.safetensors"
     with writing(folder):
@@ -353,7 +363,11 @@ def _tensors(choice: Choice) -> dict[str, tuple[str, list[int]]]:
     if isinstance(grid, PaletteGrid):
         return codes | {f"{weight.name}.levels": ("F16", [rows // grid.group, grid.size])}
     scale = (_SCALES[grid.scale_dtype], [rows, grid.groups(columns)])
-    return codes | {f"{weight.name}.scale": scale}
+    stored = codes | {f"{weight.name}.scale": scale}
+    if grid.asymmetric:
+        packed = [rows, row_bytes(grid.groups(columns), grid.bits)]
+        stored[f"{weight.name}.zero_point"] = ("U8", packed)
+    return stored
 
 
 def _check_shards(folder: Path, plan: Plan) -> Mapping[str, Path]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..errors import BadInput
-from .grid import Float32, Grid, Int8
+from .grid import Float32, Grid, Int8, UInt8
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,8 +19,8 @@ class QuantizedTensor:
     Attributes:
         grid: what the codes mean.
         codes: int8 (rows, columns), each within grid.low..grid.high, in source row order.
-        scale: float32 (rows, groups), 8 significant bits each unless the grid has levels; an
-            all-zero group has scale 1.
+        scale: float32 (rows, groups), of the grid's significant bits; an all-zero group has
+            scale 1 where slimport chose it.
 
     Raises:
         BadInput: a shape or dtype disagrees with the grid.
@@ -57,6 +57,22 @@ class QuantizedTensor:
             grouped = np.array(self.grid.levels, np.float32)[codes - np.int8(self.grid.low)]
         grouped *= self.scale[:, :, None]
         return grouped.reshape(rows, columns)
+
+    def from_zero(self) -> tuple[Int8, UInt8]:
+        """Codes that count from 0 on, int8 (rows, columns), and zero points, uint8 (rows, groups).
+
+        value = (code - zero point) * scale, in grids that are asymmetric.
+
+        Raises:
+            BadInput: the codes of a group lie further from each other than the grid has bits for.
+        """
+        zero_points = self.grid.zero_points(self.codes)
+        rows, groups = zero_points.shape
+        codes = self.codes.reshape(rows, groups, -1) + zero_points.view(np.int8)[:, :, None]
+        top = max(int(codes.max(initial=0)), int(zero_points.max(initial=0)))
+        if top >= 1 << self.grid.bits:
+            raise _inconsistent(f"codes from 0 to {top} do not fit into {self.grid.bits} bits")
+        return codes.reshape(self.codes.shape), zero_points
 
     def digest(self, name: str) -> str:
         """sha256 (hex) over name, grid, shape, codes (int8) and scales (float32, little-endian).

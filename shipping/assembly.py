@@ -192,7 +192,14 @@ def _written(source: Source, chats: bool) -> dict[str, str]:
 
 def notes(container: Container, source: Source, plan: Plan) -> list[str]:
     """What an app must do that the runtime does not."""
-    return container.notes(source.decoder, plan, source.tokenizer)
+    found = container.notes(source.decoder, plan, source.tokenizer)
+    if source.given is None:
+        return found
+    return [
+        f"{source.given.maker} quantized these weights, and slimport carried its codes over: the"
+        " reference is what they mean, and what was lost before is in no figure here.",
+        *found,
+    ]
 
 
 def judged(report: Mapping[str, Any] | None) -> str:

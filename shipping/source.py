@@ -17,7 +17,8 @@ from ..adapters.merge import Merged, merged_config
 from ..architectures import SCORE, DecoderConfig, check_weights, decoder_config, reward_config
 from ..checkpoint import Checkpoint, Weights
 from ..errors import Unsupported, UsageError
-from ..quantize.plan import Plan, make_plan
+from ..quantize.given import Given, open_given
+from ..quantize.plan import Plan, keep_given, make_plan
 from ..recipe import AdapterSource, Recipe
 from ..tokenizer.tokenizer import Tokenizer
 
@@ -31,6 +32,7 @@ class Source:
         checkpoint: the base.
         adapters: each with the recipe's entry for it.
         mode: "merged" or "separate".
+        given: the base as others quantized it; None: it is in full precision.
         weights: what is quantized: the base, or base and adapter merged.
         config: config.json of `weights`.
         decoder: the same, understood.
@@ -40,6 +42,7 @@ class Source:
     checkpoint: Checkpoint
     adapters: tuple[tuple[AdapterSource, Adapter], ...]
     mode: str
+    given: Given | None
     weights: Weights
     config: dict[str, Any]
     decoder: DecoderConfig
@@ -51,7 +54,7 @@ def open_source(recipe: Recipe, *, offline: bool = False) -> Source:
 
     Raises:
         UsageError: no model, or a path that does not exist.
-        Unsupported: a family, config key or adapter that cannot be held exactly.
+        Unsupported: a family, config key, adapter or foreign grid that cannot be held exactly.
         BadInput: anything unreadable, corrupt or inconsistent.
     """
     if recipe.model is None:
@@ -59,18 +62,26 @@ def open_source(recipe: Recipe, *, offline: bool = False) -> Source:
             f"{recipe.source} names no model", "an export starts from one", "set `model` in it"
         )
     base = Checkpoint.open(recipe.model, revision=recipe.revision, offline=offline)
-    decoder = decoder_config(base.config)
-    check_weights(decoder, base)
-    config = dict(base.config)
+    given = open_given(base)
+    if given is not None and recipe.adapters and recipe.adapter_mode == "merged":
+        raise Unsupported(
+            f"an adapter cannot be merged into {base.name}, which {given.maker} quantized",
+            "the sum would have to be quantized again, and that takes most of the adapter away",
+            "keep it beside the base: --adapter-mode separate; or merge it into the full-precision"
+            " model and export that",
+        )
+    weights: Weights = base if given is None else given
+    config = dict(base.config if given is None else given.config)
+    decoder = decoder_config(config)
+    check_weights(decoder, weights)
     if not decoder.reward and any(trains_reward(entry.path) for entry in recipe.adapters):
         config = reward_config(config)
         decoder = decoder_config(config)
     adapters = tuple(
-        (entry, read_adapter(entry.path, entry.name, base, decoder)) for entry in recipe.adapters
+        (entry, read_adapter(entry.path, entry.name, weights, decoder)) for entry in recipe.adapters
     )
     for entry, adapter in adapters:
         _refuse_overflow(entry, adapter)
-    weights: Weights = base
     if decoder.reward and SCORE not in base.names() and recipe.adapter_mode == "separate":
         raise Unsupported(
             f"the adapter {adapters[0][0].name} cannot stay separate",
@@ -86,6 +97,7 @@ def open_source(recipe: Recipe, *, offline: bool = False) -> Source:
         checkpoint=base,
         adapters=adapters,
         mode=recipe.adapter_mode,
+        given=given,
         weights=weights,
         config=config,
         decoder=decoder_config(config),
@@ -132,7 +144,11 @@ def plan_of(recipe: Recipe, source: Source) -> Plan:
                 'remove it, or take method = "rtn"',
             )
         method = "rtn-absmax"
-    return make_plan(source.decoder, recipe.quantize.preset, method, recipe.quantize.patterns)
+    patterns = recipe.quantize.patterns
+    plan = make_plan(source.decoder, recipe.quantize.preset, method, patterns)
+    if source.given is None:
+        return plan
+    return keep_given(plan, source.given.grids, source.given.maker, patterns)
 
 
 def _only(

@@ -90,6 +90,8 @@ class Blocks:
                 lut=self._levels(choice.grid.name),
             )
         given = {"data": data, "scale": scale}
+        if form.zero_point is not None:
+            given["offset"] = held(f"{matrix.name}.zero_point")
         return function.decompressed(_SCALED, name, codes.shape, dtype, **given)
 
     def _levels(self, grid: str) -> Stored | npt.NDArray[np.int8]:

@@ -3,7 +3,8 @@
 Everything follows from shapes, so that the size of the package is known before any work is done.
 
 A package decompresses constants (coremltools' iOS 18 `constexpr` operations): for a matrix of N
-rows and K columns, codes (N, K) times scales (N, K / group); or indices (N, K) into the levels of a
+rows and K columns, codes (N, K), less zero points (N, K / group) where a grid has them, times
+scales (N, K / group); or indices (N, K) into the levels of a
 look-up table, which from iOS 26 on may be multiplied by such scales too. A tied table lies in the
 file once and is read by the look-up and by the head.
 """
@@ -16,7 +17,7 @@ from typing import Literal, NamedTuple
 
 from ...architectures import DecoderConfig
 from ...errors import Unsupported
-from ...quantize.grid import Grid
+from ...quantize.grid import LINEAR, Grid, listed
 from ...quantize.palette import LEVEL_DTYPE, PaletteGrid
 from ...quantize.plan import Choice, Plan
 from ..container import Deployment
@@ -36,21 +37,27 @@ class Form(NamedTuple):
         codes: the type of its codes.
         scale: the type of its scales; None: it is a palette, and has none.
         levels: the type of its look-up table; None: codes stand for themselves.
+        zero_point: the type of its zero points; None: it has none.
     """
 
     codes: str
     scale: str | None
     levels: str | None = None
+    zero_point: str | None = None
 
 
+_LINEAR = {
+    "int4": Form(INT4, "<f2"),
+    "uint4": Form(UINT4, "<f2", zero_point=UINT4),
+    "int8": Form("|i1", "<f2"),
+}
 FORMS = {
-    "int4-g32": Form(INT4, "<f2"),
+    **{name: _LINEAR[name.partition("-")[0]] for name in LINEAR},
     "int4-g32-signed": Form(INT4, "<f2"),
-    "int8-row": Form("|i1", "<f2"),
-    "int8-g32": Form("|i1", "<f2"),
     "int2-g64": Form(UINT2, "<f2", "|i1"),
     "int2-g256": Form(UINT2, "<f2", "|i1"),
     "nf4-g64": Form(UINT4, "<f4", "<f4"),
+    "fp4-g64": Form(UINT4, "<f4", "<f4"),
     "lut4-r16": Form(UINT4, None, "<f2"),
     "lut6-r16": Form(UINT6, None, "<f2"),
 }
@@ -81,7 +88,7 @@ def release_of(plan: Plan) -> Ios:
 
 def is_chain(choice: Choice) -> bool:
     """Whether a weight is looked up in a table and then multiplied by scales."""
-    return choice.grid is not None and None not in form_of(choice)[1:]
+    return choice.grid is not None and None not in (form_of(choice).scale, form_of(choice).levels)
 
 
 def form_of(choice: Choice) -> Form:
@@ -146,6 +153,8 @@ def tensors_of(choice: Choice, vectors: Float) -> Iterator[Stored]:
     assert isinstance(grid, Grid) and form.scale, "layout refuses ggml's blocks"
     shape = (rows, grid.groups(columns))
     yield Stored(f"{stem}.scale", form.scale, shape, (choice,), "scale")
+    if form.zero_point:
+        yield Stored(f"{stem}.zero_point", form.zero_point, shape, (choice,), "zero_point")
 
 
 def zeros_of(matrix: Matrix) -> str:
@@ -176,6 +185,6 @@ def refuse_grid(choice: Choice, held: Sequence[str], what: str, takes: str, inst
         return
     raise Unsupported(
         f"{choice.weight.name}: {what} the grid {choice.grid.name}",
-        f"{takes}; exact are {', '.join(held)}",
+        f"{takes}; exact are {listed(held)}",
         instead,
     )

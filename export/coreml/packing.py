@@ -21,6 +21,7 @@ from ...quantize.grid import GRIDS, Int8
 from ...quantize.packing import join_pairs_of_bits, pack, pack_unsigned
 from ...quantize.palette import PaletteTensor
 from ...quantize.store import QuantizedCheckpoint
+from ...quantize.tensor import QuantizedTensor
 from ..layout import INT4, UINT2, UINT4, UINT6, Layout, Stored
 from .layout import HEAD, LEVELS, RECORD, ROPE, form_of
 
@@ -58,7 +59,7 @@ def data(
 
 
 def _recorded(tensor: Stored, content: Iterator[npt.NDArray[Any]]) -> Iterator[npt.NDArray[Any]]:
-    values = (_MARK, _TYPES[tensor.dtype], tensor.nbytes, tensor.offset, 0)
+    values = (_MARK, _TYPES[tensor.dtype], tensor.nbytes, tensor.offset, tensor.unused_bits)
     record = struct.pack("<IIQQQ", *values).ljust(RECORD, b"\0")
     yield np.frombuffer(record, np.uint8)
     yield from content
@@ -93,9 +94,18 @@ def parts(tensor: Stored, model: QuantizedCheckpoint) -> Iterator[npt.NDArray[An
         narrow = tensor.dtype == "<f2"
         yield np.ascontiguousarray(exact_half(weight.scale) if narrow else weight.scale)
         return
+    if tensor.part == "zero_point":
+        points = weight.grid.zero_points(weight.codes).view(np.int8)
+        yield pack_unsigned(points.reshape(1, -1), weight.grid.bits)
+        return
     step = max(1, _CHUNK // weight.shape[1])
     for start in range(0, weight.shape[0], step):
-        yield packed(weight.codes[start : start + step], form_of(choice).codes)
+        part = slice(start, start + step)
+        if weight.grid.asymmetric:
+            rows = QuantizedTensor(weight.grid, weight.codes[part], weight.scale[part])
+            yield pack_unsigned(rows.from_zero()[0], weight.grid.bits)
+        else:
+            yield packed(weight.codes[part], form_of(choice).codes)
 
 
 def _palette_codes(weight: PaletteTensor) -> Iterator[UInt8]:

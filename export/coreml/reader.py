@@ -99,9 +99,14 @@ class File:
             return (place_of(operation.attributes["val"]),)
         if grid in PALETTE_GRIDS:
             return self._looked_up(operation, name)
-        if operation.type != _SCALED or "offset" in operation.inputs:
-            raise ValueError(f"{name} is made by {operation.type}, or has an offset")
+        asymmetric = GRIDS[grid].asymmetric
+        if operation.type != _SCALED or asymmetric != ("offset" in operation.inputs):
+            what = "has no offset" if asymmetric else "has an offset"
+            raise ValueError(f"{name} is made by {operation.type}, or {what}")
         data, scale = (operation.inputs[key].arguments[0] for key in ("data", "scale"))
+        if asymmetric:
+            offset = operation.inputs["offset"].arguments[0]
+            return tuple(place_of(each.value) for each in (data, scale, offset))
         if data.WhichOneof("binding") == "value":
             return place_of(data.value), place_of(scale.value)
         codes, levels = self._looked_up(made[data.name], name)
@@ -142,7 +147,14 @@ class File:
     ) -> QuantizedTensor:
         if TYPES[places[0].kind].bits != grid.bits:
             raise ValueError(f"{weight.name} has codes of type {places[0].kind}")
-        if len(places) == 3:
+        wanted = (len(codes), grid.groups(codes.shape[1]))
+        if grid.asymmetric:
+            if {places[0].kind, places[2].kind} != {"UINT4"}:
+                raise ValueError(f"{weight.name} has codes or zero points of another type")
+            offset = _as_shape(self._blobs.array(places[2]), wanted, weight.name)
+            groups = codes.reshape(*wanted, -1).view(np.int8) - offset.view(np.int8)[:, :, None]
+            codes = groups.reshape(codes.shape)
+        elif len(places) == 3:
             levels = grid.levels or range(grid.low, grid.high + 1)
             found = self._blobs.array(places[2])
             wrong = found.ravel() != np.array(levels, np.float32)
@@ -151,7 +163,6 @@ class File:
             codes = codes.astype(np.int8) + np.int8(grid.low)
         elif grid.levels is not None or places[0].kind not in ("INT4", "INT8"):
             raise ValueError(f"{weight.name} has no levels")
-        wanted = (len(codes), grid.groups(codes.shape[1]))
         scale = _as_shape(self._blobs.array(places[1]), wanted, weight.name).astype(np.float32)
         if codes.min() < grid.low or codes.max() > grid.high or not _valid(scale, grid):
             raise ValueError(f"{weight.name} has a code or a scale that {grid.name} does not have")

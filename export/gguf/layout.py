@@ -9,6 +9,7 @@ from ...architectures import DecoderConfig
 from ...errors import Unsupported
 from ...quantize.blocks import AnyGrid, BlockGrid
 from ...quantize.ggml import BLOCKS, Type
+from ...quantize.grid import listed
 from ...quantize.plan import Choice, Plan
 from .metadata import full_period, rope_tensors
 from .packing import TYPES
@@ -51,7 +52,7 @@ def _info(choice: Choice) -> TensorInfo:
     if kind is None:
         raise Unsupported(
             f"{weight.name}: GGUF cannot hold the grid {choice.grid.name}",
-            f"no ggml type means the same; GGUF holds {', '.join(TYPES)} and ggml's own exactly",
+            f"no ggml type means the same; GGUF holds {listed(TYPES)} and ggml's own exactly",
             f'give it one of these grids: "{weight.name}" = "int8-g32"',
         )
     if weight.shape[1] % BLOCKS[kind][0]:

@@ -1,9 +1,11 @@
 """Codes and scales into ggml's blocks, bit for bit (block layouts: ggml's `ggml-common.h`).
 
 Q4_0: an fp16 scale, then 16 bytes; byte j holds code j in its low and code 16 + j in its high
-nibble, each plus 8. Q8_0: an fp16 scale, then 32 int8 codes. Q2_0: an fp16 scale, then 16 bytes;
-byte j holds codes 4j .. 4j + 3, low bits first, each plus 1. TQ2_0: 64 bytes, then an fp16 scale;
-of each half, byte j holds codes j, 32 + j, 64 + j and 96 + j, low bits first, each plus 1.
+nibble, each plus 8. Q5_0: an fp16 scale, 4 bytes with the fifth bits of codes 0 .. 31, then 16
+bytes as of Q4_0, each code plus 16. Q8_0: an fp16 scale, then 32 int8 codes. Q2_0: an fp16 scale,
+then 16 bytes; byte j holds codes 4j .. 4j + 3, low bits first, each plus 1. TQ2_0: 64 bytes, then
+an fp16 scale; of each half, byte j holds codes j, 32 + j, 64 + j and 96 + j, low bits first, each
+plus 1.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from ...quantize.blocks import BlockTensor, Quantized
 from ...quantize.compiled import compiled
 from ...quantize.floats import exact_half, half
 from ...quantize.ggml import BLOCKS, Type
-from ...quantize.grid import Float32, Int8
+from ...quantize.grid import LINEAR, Float32, Int8
 from ...quantize.packing import join_pairs_of_bits
 from ...quantize.tensor import QuantizedTensor
 from .writer import TensorInfo
@@ -31,11 +33,11 @@ UInt16 = npt.NDArray[np.uint16]
 UInt64 = npt.NDArray[np.uint64]
 Index = npt.NDArray[np.int64]
 
+_LINEAR = {"int4": Type.Q4_0, "uint4": Type.Q5_0, "int8": Type.Q8_0}
+# A scale of more than 32 weights stands in each of their blocks.
 TYPES = {
-    "int4-g32": Type.Q4_0,
+    **{name: _LINEAR[name.partition("-")[0]] for name, g in LINEAR.items() if g.group != 16},
     "int4-g32-signed": Type.Q4_0,
-    "int8-g32": Type.Q8_0,
-    "int8-row": Type.Q8_0,  # the row's scale stands in each of its blocks
     "int2-g64": Type.Q2_0,
     "int2-g256": Type.TQ2_0,
 }
@@ -54,10 +56,13 @@ def pack(tensor: QuantizedTensor) -> UInt8:
     blocks = columns // size
     if columns % size:
         raise _not_blocks(columns, kind)
-    half = np.broadcast_to(exact_half(tensor.scale).view(np.uint16), (rows, blocks)).reshape(-1)
+    half = exact_half(tensor.scale).view(np.uint16)
+    half = np.repeat(half, blocks // half.shape[1], axis=1).reshape(-1)
     codes = np.ascontiguousarray(tensor.codes).reshape(rows * blocks, size)
     if kind in (Type.Q2_0, Type.TQ2_0):
         return _pack_two_bits(codes, half, kind).reshape(rows, -1)
+    if kind is Type.Q5_0:
+        return _pack_q5_0(codes, half).reshape(rows, -1)
     if kind is Type.Q4_0:
         packed = np.empty((rows * blocks, 9), "<u2")
         _pack_q4_0(codes.view("<u8"), half, packed)
@@ -132,6 +137,15 @@ def _pack_two_bits(codes: Int8, half: UInt16, kind: Type) -> UInt8:
     joined = join_pairs_of_bits(parts)
     both = (scale, joined) if kind is Type.Q2_0 else (joined, scale)
     return np.concatenate(both, axis=1)
+
+
+def _pack_q5_0(codes: Int8, half: UInt16) -> UInt8:
+    """codes (blocks, 32) of -16 to 15 to uint8 (blocks, 22)."""
+    raised = (codes + np.int8(16)).view(np.uint8)
+    fifth = np.packbits(raised >> np.uint8(4), axis=1, bitorder="little")
+    low = raised & np.uint8(15)
+    nibbles = low[:, :16] | low[:, 16:] << np.uint8(4)
+    return np.concatenate((half.view(np.uint8).reshape(-1, 2), fifth, nibbles), axis=1)
 
 
 @compiled

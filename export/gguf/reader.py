@@ -38,12 +38,15 @@ _BLOCKS = {
     **{Type[kind.name]: n for kind, n in GGML_QUANT_SIZES.items() if kind.name in Type.__members__},
 }
 _GRID_TYPES = {
-    "int4-g32": Type.Q4_0,
     "int4-g32-signed": Type.Q4_0,
-    "int8-g32": Type.Q8_0,
-    "int8-row": Type.Q8_0,
     "int2-g64": Type.Q2_0,
     "int2-g256": Type.TQ2_0,
+    **{
+        f"{kind}-{group}{suffix}": held
+        for kind, held in (("int4", Type.Q4_0), ("uint4", Type.Q5_0), ("int8", Type.Q8_0))
+        for group in ("g32", "g64", "g128", "row")
+        for suffix in ("", "-f16")
+    },
 }
 _NEIGHBOURS = ("llama", "smollm3", "granite")  # LLAMA_ROPE_TYPE_NORM in llama.cpp
 _ROPE_TENSORS = {
@@ -176,18 +179,23 @@ def unpack_rows(
     """Codes and scales of a quantized tensor whose row i is row source[i] of the result.
 
     Raises:
-        BadInput: one scale per row is expected, and its blocks do not repeat it.
+        BadInput: one scale is expected for a row or several blocks, and these do not repeat it.
     """
     codes = np.empty(stored.shape, np.int8)
     scale = np.empty((stored.shape[0], stored.shape[1] // _BLOCKS[stored.type][0]), np.float32)
     if stored.type in (Type.Q2_0, Type.TQ2_0):
         codes[source] = _two_bits(stored)
+    elif stored.type == Type.Q5_0:
+        codes[source] = _five_bits(stored)
     elif stored.type == Type.Q4_0:
         _unpack_nibbles(stored.rows.view("<u2"), source, codes.view("<u8"))
     else:
         _unpack_bytes(stored.rows.view("<u2"), source, codes.view("<u2"))
     scale[source] = _scales(stored)
-    return QuantizedTensor(grid, codes, scale if grid.group else _collapse(path, stored, scale))
+    groups = grid.groups(stored.shape[1])
+    return QuantizedTensor(
+        grid, codes, scale if groups == scale.shape[1] else _collapse(path, stored, scale, groups)
+    )
 
 
 def source_rows(weight: Weight, config: DecoderConfig) -> npt.NDArray[np.int64]:
@@ -230,14 +238,28 @@ def _two_bits(stored: Stored) -> npt.NDArray[np.int8]:
     return (found.astype(np.int8) - np.int8(1)).reshape(stored.shape)
 
 
-def _collapse(path: Path, stored: Stored, scale: Float32) -> Float32:
-    """One scale per row, which its blocks must repeat."""
-    differing = np.argwhere(scale != scale[:, :1])
+def _five_bits(stored: Stored) -> npt.NDArray[np.int8]:
+    """Codes -16 .. 15 of Q5_0 in the order of the row.
+
+    Code i has its low bits in byte 6 + i % 16 of the block, from bit 4 (i // 16) on, and its fifth
+    bit in bit i % 8 of byte 2 + i // 8.
+    """
+    blocks, code = stored.rows.reshape(-1, 22), np.arange(32)
+    low = blocks[:, 6 + code % 16] >> (code // 16 * 4).astype(np.uint8) & np.uint8(15)
+    fifth = blocks[:, 2 + code // 8] >> (code % 8).astype(np.uint8) & np.uint8(1)
+    return (low.astype(np.int8) + 16 * fifth.astype(np.int8) - np.int8(16)).reshape(stored.shape)
+
+
+def _collapse(path: Path, stored: Stored, scale: Float32, groups: int) -> Float32:
+    """One scale per group, which its blocks must repeat."""
+    parts = scale.reshape(len(scale), groups, -1)
+    differing = np.argwhere(parts != parts[:, :, :1])
     if differing.size:
-        row, block = differing[0]
-        why = f"row {row} has another scale in block {block} than in block 0"
+        row, group, block = differing[0]
+        first = group * parts.shape[2]
+        why = f"row {row} has another scale in block {first + block} than in block {first}"
         raise _broken(path, f"{stored.name}: {why}")
-    return np.ascontiguousarray(scale[:, :1])
+    return np.ascontiguousarray(parts[:, :, 0])
 
 
 @compiled

@@ -12,11 +12,10 @@ import onnx_ir as ir
 
 from ..layout import Matrix, Stored
 from .graph import CONTRIB, Graph
-from .layout import FLOAT16, FLOAT32, Float, GraphLayout, block_of, has_zero_points
+from .layout import CODEBOOKS, FLOAT16, FLOAT32, Float, GraphLayout, block_of, has_zero_points
 
 # 4: onnxruntime multiplies int8 activations, as fast as a phone can; 1: float32, exact.
 SHIPPED_LEVEL = 4
-_NF4 = 1
 
 
 def linear(graph: Graph, x: ir.Value, matrix: Matrix, layout: GraphLayout) -> ir.Value:
@@ -38,7 +37,7 @@ def linear(graph: Graph, x: ir.Value, matrix: Matrix, layout: GraphLayout) -> ir
             K=columns,
             N=rows,
             block_size=matrix.grid.group,
-            quant_type=_NF4,
+            quant_type=CODEBOOKS[matrix.grid.name],
         )
     else:
         (y,) = graph.op(

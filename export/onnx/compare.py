@@ -74,7 +74,7 @@ def multiplied(
     settings: dict[str, Any] = {"bits": operand.bits, "accuracy_level": _EXACT}
     if operand.codebook:
         tensors = {name: tensor.reshape(-1) for name, tensor in tensors.items()}
-        settings = {"quant_type": 1}
+        settings = {"quant_type": int(operand.codebook == "nf4-g64")}
     node = helper.make_node(
         "MatMulBnb4" if operand.codebook else "MatMulNBits",
         ["units", *tensors],

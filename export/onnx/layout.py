@@ -5,8 +5,8 @@ Everything follows from shapes, so that the size of the files is known before an
 MatMulNBits (onnxruntime's ContribOperators.md) takes, for a matrix of N rows and K columns in
 blocks that share a scale: codes uint8 (N, blocks, bytes of a block), unsigned, low bits first;
 scales (N, blocks); zero points uint8 (N, bytes), packed likewise, 2 ** (bits - 1) where there are
-none. MatMulBnb4 takes NF4 as bitsandbytes writes it: two codes to a byte, the first in the high
-bits, and a float32 scale for each group, both without regard to rows.
+none. MatMulBnb4 takes NF4 and FP4 as bitsandbytes writes them: two codes to a byte, the first in
+the high bits, and a float32 scale for each group, both without regard to rows.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 from ...architectures import DecoderConfig, Kind
 from ...errors import Unsupported
 from ...quantize.blocks import BlockGrid
-from ...quantize.grid import Grid
+from ...quantize.grid import LINEAR, Grid, listed
 from ...quantize.plan import Choice, Plan
 from ..container import Deployment
 from ..layout import Layout, Matrix, Stored
@@ -28,7 +28,8 @@ Float = Literal["<f4", "<f2"]
 FLOAT32: Float = "<f4"
 FLOAT16: Float = "<f2"
 FLOAT_MATRIX, FLOAT_VECTOR, SCALE = "<f2", "<f4", "<f2"
-GRIDS = ("int4-g32", "int4-g32-signed", "int8-row", "int8-g32", "int2-g64", "int2-g256", "nf4-g64")
+CODEBOOKS = {"fp4-g64": 0, "nf4-g64": 1}  # quant_type of MatMulBnb4
+GRIDS = (*LINEAR, "int4-g32-signed", "int2-g64", "int2-g256", *CODEBOOKS)
 _QKV = (Kind.Q, Kind.K, Kind.V)
 _BLOCKS = (16, 32, 64, 128, 256)
 
@@ -103,13 +104,13 @@ def blocks_of(grid: Grid, columns: int) -> int:
 
 
 def zero_point(grid: Grid) -> int:
-    """What is added to a code before it is stored."""
+    """What is added to every code of a grid that is not asymmetric before it is stored."""
     return -grid.low if grid.bits == 2 else 1 << (grid.bits - 1)
 
 
 def has_zero_points(grid: Grid) -> bool:
     """Whether they are stored: where they are not what the operator takes without them."""
-    return zero_point(grid) != 1 << (grid.bits - 1)
+    return grid.asymmetric or zero_point(grid) != 1 << (grid.bits - 1)
 
 
 def _matrices(config: DecoderConfig, plan: Plan, deployment: Deployment) -> Iterator[Matrix]:
@@ -165,7 +166,7 @@ def _refuse(choice: Choice, activations: Float) -> None:
         return
     # MatMulBnb4 takes scales of the type of its input, and these need not be exact in float16.
     cannot = choice.weight.kind is Kind.EMBEDDING or activations == FLOAT16
-    held = [name for name in GRIDS if not (cannot and name == "nf4-g64")]
+    held = [name for name in GRIDS if not (cannot and name in CODEBOOKS)]
     if choice.grid.name in held:
         return
     if choice.grid.name in GRIDS and choice.weight.kind is not Kind.EMBEDDING:
@@ -177,6 +178,6 @@ def _refuse(choice: Choice, activations: Float) -> None:
     elsewhere = ", or write GGUF: --container gguf" if isinstance(choice.grid, BlockGrid) else ""
     raise Unsupported(
         f"{choice.weight.name}: ONNX cannot hold the grid {choice.grid.name}",
-        f"no operator of ONNX Runtime means the same; it holds {', '.join(held)} here exactly",
+        f"no operator of ONNX Runtime means the same; it holds {listed(held)} here exactly",
         f'give it one of these grids, such as "{choice.weight.name}" = "int8-g32"{elsewhere}',
     )

@@ -44,7 +44,7 @@ def parts(
         elif tensor.part == "scale":
             yield _scales(weight)
         else:
-            yield _zero_points(weight)
+            yield zero_points(weight)
 
 
 def rope_parts(tensor: Stored, config: DecoderConfig) -> Iterator[Float32]:
@@ -62,21 +62,31 @@ def pack(codes: Int8, grid: Grid) -> UInt8:
     if grid.levels is not None:
         low_first = packing.pack(codes, grid.bits) ^ _FLIPS[grid.bits]
         return (low_first << np.uint8(4)) | (low_first >> np.uint8(4))
-    columns = codes.shape[1]
-    missing = blocks_of(grid, columns) * block_of(grid, columns) - columns
-    if missing:
-        codes = np.pad(codes, ((0, 0), (0, missing)))
+    codes = _filled(codes, grid)
     if grid.bits == 2:
         raised = (codes + np.int8(zero_point(grid))).view(np.uint8)
         return packing.join_pairs_of_bits(raised.reshape(len(codes), -1, 4))
     return packing.pack(codes, grid.bits) ^ _FLIPS[grid.bits]
 
 
+def _filled(codes: Int8, grid: Grid) -> Int8:
+    """With zeros up to the end of the last block."""
+    columns = codes.shape[1]
+    missing = blocks_of(grid, columns) * block_of(grid, columns) - columns
+    return np.pad(codes, ((0, 0), (0, missing))) if missing else codes
+
+
 def _codes(weight: QuantizedTensor) -> Iterator[UInt8]:
     rows, columns = weight.shape
     step = max(1, _CHUNK // columns)
     for start in range(0, rows, step):
-        yield pack(weight.codes[start : start + step], weight.grid)
+        part = slice(start, start + step)
+        if weight.grid.asymmetric:
+            filled = _filled(weight.codes[part], weight.grid)
+            counted, _ = QuantizedTensor(weight.grid, filled, weight.scale[part]).from_zero()
+            yield packing.pack_unsigned(counted, weight.grid.bits)
+        else:
+            yield pack(weight.codes[part], weight.grid)
 
 
 def _scales(weight: QuantizedTensor) -> npt.NDArray[Any]:
@@ -87,8 +97,13 @@ def _scales(weight: QuantizedTensor) -> npt.NDArray[Any]:
     return np.ascontiguousarray(np.broadcast_to(exact_half(weight.scale), shape))
 
 
-def _zero_points(weight: QuantizedTensor) -> UInt8:
+def zero_points(weight: QuantizedTensor) -> UInt8:
+    """Zero points of every block: uint8 (rows, bytes)."""
     rows, columns = weight.shape
+    if weight.grid.asymmetric:
+        shape = (rows, blocks_of(weight.grid, columns))
+        points = np.broadcast_to(weight.grid.zero_points(weight.codes), shape)
+        return packing.pack_unsigned(points.astype(np.int8), weight.grid.bits)
     blocks, bits = blocks_of(weight.grid, columns), weight.grid.bits
     points = np.full((rows, -(-blocks * bits // 8) * 8 // bits), zero_point(weight.grid), np.uint8)
     return packing.join_pairs_of_bits(points.reshape(rows, -1, 4))

@@ -33,6 +33,7 @@ _DTYPES: dict[int, str] = {
 }
 _FLOAT = ("FusedMatMul", "Gather")
 _CODEBOOK = "MatMulBnb4"
+_CODEBOOKS = {0: "fp4-g64", 1: "nf4-g64"}  # by its quant_type
 _QUANTIZED = ("MatMulNBits", "GatherBlockQuantized", _CODEBOOK)
 _LOOKUPS = ("Gather", "GatherBlockQuantized")
 _BIAS = 5  # which input of MatMulNBits
@@ -48,7 +49,7 @@ class Operand:
         scale: (rows, blocks); None for a float matrix.
         zero_point: uint8 (rows, bytes); None where the operator takes 2 ** (bits - 1).
         bits, block: as the operator states them; 0 for a float matrix.
-        codebook: whether codes are NF4's, the first of a byte in its high bits.
+        codebook: whose codes they are, the first of a byte in its high bits; None: no codebook's.
     """
 
     codes: npt.NDArray[Any]
@@ -56,7 +57,7 @@ class Operand:
     zero_point: UInt8 | None = None
     bits: int = 0
     block: int = 0
-    codebook: bool = False
+    codebook: str | None = None
 
     def rows(self, start: int, stop: int) -> Operand:
         """Some of its rows."""
@@ -140,16 +141,15 @@ class File:
         if node.op_type == _CODEBOOK:
             rows = settings.get("N", 0)
             if (
-                settings.get("quant_type") != 1
+                settings.get("quant_type") not in _CODEBOOKS
                 or rows < 1
                 or codes.size % rows
                 or scale.size % rows
             ):
-                raise _broken(f"{name} is not NF4")
+                raise _broken(f"{name} is not of a known codebook")
             block = settings.get("block_size", 0)
-            return Operand(
-                codes.reshape(rows, -1), scale.reshape(rows, -1), None, 4, block, codebook=True
-            )
+            book = _CODEBOOKS[settings["quant_type"]]
+            return Operand(codes.reshape(rows, -1), scale.reshape(rows, -1), None, 4, block, book)
         return Operand(
             codes.reshape(len(codes), -1),
             scale,
@@ -329,7 +329,7 @@ def _dequantizable(operand: Operand, weight: Weight, grid: Grid) -> QuantizedTen
         or scale.shape != (rows, blocks)
         or operand.codes.shape != (rows, blocks * operand.block * bits // 8)
         or (grid.group is not None and operand.block != grid.group)
-        or operand.codebook != (grid.levels is not None)
+        or operand.codebook != (grid.name if grid.levels else None)
     ):
         raise _broken(f"{weight.name} is not on the grid {grid.name}")
     stored = _numbers(operand.codes, bits)

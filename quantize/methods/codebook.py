@@ -21,7 +21,8 @@ def solve(weight: Float32, grid: Grid) -> QuantizedTensor:
     """
     assert grid.levels is not None
     rows, columns = weight.shape
-    levels = np.array(grid.levels, np.float64)
+    order = np.argsort(grid.levels, kind="stable")
+    levels = np.array(grid.levels, np.float64)[order]
     borders = ((levels[1:] + levels[:-1]) / 2).astype(np.float32)
     codes = np.empty((rows, columns), np.int8)
     scale = np.empty((rows, grid.groups(columns)), np.float32)
@@ -32,5 +33,5 @@ def solve(weight: Float32, grid: Grid) -> QuantizedTensor:
         peak[peak == 0] = 1
         scale[start : start + step] = peak
         level = np.searchsorted(borders, groups * (np.float32(1) / peak)[:, :, None])
-        codes[start : start + step] = (level + grid.low).reshape(-1, columns)
+        codes[start : start + step] = (order[level] + grid.low).reshape(-1, columns)
     return QuantizedTensor(grid, codes, scale)

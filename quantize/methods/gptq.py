@@ -21,7 +21,7 @@ from ...errors import BadInput
 from ..blocks import AnyGrid, BlockGrid, BlockTensor, Quantized
 from ..codes import CODES
 from ..compiled import compiled
-from ..grid import Float32, Int8
+from ..grid import Float32, Int8, UInt8
 from ..palette import PaletteGrid, PaletteTensor
 from ..recode import low_and_step, replace_codes
 from ..tensor import QuantizedTensor
@@ -72,6 +72,8 @@ def solve(
     codes = _feedback(weight[:, order], _levels(rounded, order), factor.mT)
     if isinstance(rounded, BlockTensor):
         return replace_codes(rounded, codes.view(np.uint8), order)
+    if isinstance(rounded, QuantizedTensor) and rounded.grid.asymmetric:
+        codes -= _begins(rounded, order).view(np.int8)
     rounded.codes[:, order] = codes
     return rounded
 
@@ -129,12 +131,22 @@ def _levels(rounded: Quantized, order: Indices) -> _Levels:
         grid, scale = rounded.grid, rounded.scale
         groups = order // grid.group if grid.group else np.zeros_like(order)
         ends = np.float32(grid.low), np.float32(grid.high)
-        return _Levels(np.zeros_like(scale), scale, groups, *ends, nothing, nothing, rows)
+        low = np.zeros_like(scale)
+        if grid.asymmetric:  # codes are counted from the zero points of RTN's on
+            ends = np.float32(0), np.float32(2**grid.bits - 1)
+            low -= scale * grid.zero_points(rounded.codes)
+        return _Levels(low, scale, groups, *ends, nothing, nothing, rows)
     known = CODES[rounded.grid.type]
     levels = nothing if known.even else known.levels[None]
     ends = np.float32(0), np.float32(len(known.levels) - 1)
     own = levels, kmeans.midpoints(levels)
     return _Levels(*low_and_step(rounded), order // known.group, *ends, *own, rows)
+
+
+def _begins(rounded: QuantizedTensor, order: Indices) -> UInt8:
+    """The zero point of each weight: uint8 (rows, len(order))."""
+    points = rounded.grid.zero_points(rounded.codes)
+    return points[:, order // (rounded.shape[1] // points.shape[1])]
 
 
 def _factor(hessian: Float32, order: Indices) -> Tensor:

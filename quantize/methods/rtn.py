@@ -16,7 +16,7 @@ import numpy.typing as npt
 from ..compiled import compiled
 from ..grid import Float32, Grid, Int8, round_scale
 from ..tensor import QuantizedTensor
-from . import fit
+from . import asymmetric, fit
 from .fit import LANES, Vector
 
 # By bits: divisors of a largest magnitude that is negative, and of one that is positive. They run
@@ -49,6 +49,8 @@ def solve(
     magnitude on the outermost code. Rows are independent, so blocks of rows give the codes of the
     whole matrix, and may be solved in several threads.
     """
+    if grid.asymmetric:
+        return asymmetric.solve(weight, grid, search, importance)
     scale = find_scale(weight, grid, search, importance)
     return QuantizedTensor(grid, encode(weight, scale, grid), scale)
 

@@ -179,8 +179,14 @@ def nearest(weight: Float32, grid: Grid) -> QuantizedTensor:
     """Round to nearest with the scale of the largest magnitude."""
     rows, columns = weight.shape
     grouped = weight.reshape(rows, grid.groups(columns), -1)
-    scale = round_scale(np.abs(grouped).max(-1) / grid.high)
-    codes = np.clip(np.rint(grouped / scale[..., None]), grid.low, grid.high)
+    if grid.asymmetric:
+        low, high = grouped.min(-1, initial=0), grouped.max(-1, initial=0)
+        scale = round_scale((high - low) / 15)
+        zero = np.clip(np.rint(-low / scale), 0, 15)[..., None]
+        codes = np.clip(np.rint(grouped / scale[..., None]), -zero, 15 - zero)
+    else:
+        scale = round_scale(np.abs(grouped).max(-1) / grid.high)
+        codes = np.clip(np.rint(grouped / scale[..., None]), grid.low, grid.high)
     return QuantizedTensor(grid, codes.reshape(rows, columns).astype(np.int8), scale)
 
 

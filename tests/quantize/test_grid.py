@@ -11,6 +11,7 @@ from slimport.quantize.grid import (
     SCALE_CEILING,
     SCALE_FLOOR,
     Grid,
+    listed,
     round_scale,
 )
 
@@ -66,3 +67,31 @@ def test_what_fits():
 
 def test_names_are_keys():
     assert all(name == grid.name for name, grid in GRIDS.items())
+
+
+def test_zero_points_are_the_smallest_that_leave_no_code_below_0():
+    grid = GRIDS["uint4-g16"]
+    codes = np.int8([[-3] + [12] * 15 + [2] * 16, [-15] * 16 + [0] * 16])
+    assert grid.zero_points(codes).tolist() == [[3, 0], [15, 0]]
+
+
+def test_zero_points_cost_as_many_bits_as_codes():
+    grid = GRIDS["uint4-g32"]
+    assert grid.bits_per_weight(4096) == 4.625
+    assert grid.bytes_of((3, 96)) == 3 * (48 + 3 * 2 + 2)  # three points in two bytes
+
+
+def test_scales_of_others_have_a_grid_of_their_own():
+    for group in ("g16", "g32", "g64", "g128", "row"):
+        for kind in ("int4", "uint4", "int8"):
+            portable, wide = (GRIDS[f"{kind}-{group}{end}"] for end in ("", "-f16"))
+            assert (portable.scale_bits, wide.scale_bits) == (8, 11)
+            assert not portable.signed_scale and wide.signed_scale
+            assert portable.group == wide.group
+    assert (GRIDS["int8-row"].low, GRIDS["int8-row-f16"].low) == (-127, -128)
+
+
+def test_names_for_people():
+    assert listed(["int4-g32", "int4-row", "nf4-g64"]) == "int4-{g32,row}, nf4-g64"
+    wide = ["uint4-g16", "uint4-g16-f16", "uint4-g32", "uint4-g32-f16", "int8-row"]
+    assert listed(wide) == "uint4-{g16,g32}[-f16], int8-row"

@@ -14,7 +14,8 @@ from slimport.quantize.grid import GRIDS, SCALE_CEILING, SCALE_FLOOR, round_scal
 from slimport.quantize.methods import rtn
 
 MODELS = Path(__file__).parents[3] / "shared" / "models"
-STEPS = {name: grid for name, grid in GRIDS.items() if grid.levels is None}  # without a codebook
+_OLD = ("int4-g32", "int4-g32-signed", "int8-row", "int8-g32", "int2-g64", "int2-g256")
+STEPS = {name: GRIDS[name] for name in (*_OLD, "int4-g64", "int4-row-f16", "int8-g128-f16")}
 every_grid = pytest.mark.parametrize("grid", STEPS.values(), ids=STEPS)
 
 
@@ -179,7 +180,8 @@ import numpy as np
 from slimport.quantize.grid import GRIDS
 from slimport.quantize.methods import rtn
 weight = np.random.default_rng(0).standard_normal((600, 256), np.float32)
-steps = [grid for grid in GRIDS.values() if grid.levels is None]
+import sys
+steps = [GRIDS[name] for name in sys.argv[1:]]
 print(*[rtn.solve(weight, grid).digest("w") for grid in steps])
 """
 
@@ -189,7 +191,7 @@ def test_a_cpu_without_wide_registers_computes_the_same_bytes(tmp_path):
     here = [rtn.solve(weight, grid).digest("w") for grid in STEPS.values()]
     plain = {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": ""}
     environment = os.environ | plain | {"NUMBA_CACHE_DIR": str(tmp_path)}
-    run = [sys.executable, "-c", DIGESTS]
+    run = [sys.executable, "-c", DIGESTS, *STEPS]
     there = subprocess.run(run, env=environment, capture_output=True, text=True, check=True)
     assert there.stdout.split() == here
     assert len(set(here)) == len(STEPS)

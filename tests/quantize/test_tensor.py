@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from slimport.errors import BadInput
-from slimport.quantize.grid import INT4_G32, INT8_ROW
+from slimport.quantize.grid import GRIDS, INT4_G32, INT8_ROW
 from slimport.quantize.tensor import QuantizedTensor, weights_digest
 
 
@@ -70,3 +70,15 @@ def test_weights_digest_is_sorted_by_name():
 def test_inconsistent_parts_are_refused(codes, scale):
     with pytest.raises(BadInput):
         QuantizedTensor(INT4_G32, codes, scale)
+
+
+def test_codes_from_zero_by_hand():
+    grid = GRIDS["uint4-g16"]
+    codes = np.int8([[-3, 12, *[0] * 14]])
+    tensor = QuantizedTensor(grid, codes, np.float32([[0.5]]))
+    counted, zero_points = tensor.from_zero()
+    assert counted[0, :3].tolist() == [0, 15, 3] and zero_points.tolist() == [[3]]
+    assert tensor.dequantize()[0, :3].tolist() == [-1.5, 6.0, 0.0]
+    codes[0, 2] = 13
+    with pytest.raises(BadInput, match="codes from 0 to 16 do not fit into 4 bits"):
+        tensor.from_zero()

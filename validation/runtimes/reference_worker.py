@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from ...checkpoint import QUANTIZED_KEYS, Checkpoint, Weights
 from ...errors import BadInput
+from ...quantize.given import Given, open_given
 from ...quantize.store import QuantizedCheckpoint
 from .. import worker
 from ..logits import writer
@@ -38,8 +40,11 @@ def _load(
     library = _transformers()
     kind = library.AutoModelForSequenceClassification if reward else library.AutoModelForCausalLM
     try:
+        given = None if quantized else _given(Path(folder))
         if quantized:
-            model = _dequantized(Path(folder), kind)
+            model = _dequantized(QuantizedCheckpoint.open(Path(folder)), folder, kind)
+        elif given is not None:
+            model = _dequantized(given, folder, kind)
         else:
             model = _full_precision(folder, kind, becomes_reward=reward and adapter is not None)
         if adapter is not None:
@@ -52,6 +57,14 @@ def _load(
             "check the model folder and the adapter with `slimport inspect`",
         ) from error
     return model.eval()
+
+
+def _given(folder: Path) -> Given | None:
+    """The codes of others, where config.json says that there are some."""
+    config = folder / "config.json"
+    if not config.is_file() or not any(key in config.read_text() for key in QUANTIZED_KEYS):
+        return None
+    return open_given(Checkpoint.open(folder))
 
 
 def _full_precision(folder: str, kind: Any, becomes_reward: bool) -> Any:
@@ -69,14 +82,15 @@ def _full_precision(folder: str, kind: Any, becomes_reward: bool) -> Any:
     return model
 
 
-def _dequantized(folder: Path, kind: Any) -> Any:
-    """The decoder of the checkpoint's config, with the weights that its codes mean."""
-    checkpoint = QuantizedCheckpoint.open(folder)
+def _dequantized(weights: Weights, folder: str, kind: Any) -> Any:
+    """The decoder of the folder's config, with the weights that codes mean."""
     state = {
-        name: torch.from_numpy(np.ascontiguousarray(checkpoint.rows(name), np.float32))
-        for name in checkpoint.names()
+        name: torch.from_numpy(np.ascontiguousarray(weights.rows(name), np.float32))
+        for name in weights.names()
     }
     config = _transformers().AutoConfig.from_pretrained(folder, **_LOADING)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
     model = kind.from_config(config, dtype=torch.float32, attn_implementation="eager")
     missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
     tied = ["lm_head.weight"] if config.tie_word_embeddings else []  # a reward model has no such

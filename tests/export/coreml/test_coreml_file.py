@@ -42,7 +42,10 @@ PLANS: dict[str, dict[str, str]] = {
         "*embed_tokens*": "float16",
     },
 }
-GRID_NAMES = [*GRIDS, "float16"]
+GRID_NAMES = [
+    *("int4-g32", "int4-g32-signed", "int8-row", "int8-g32", "int2-g64", "int2-g256", "nf4-g64"),
+    *("uint4-g16", "uint4-row", "uint4-g64-f16", "int4-g64", "int8-g16-f16", "fp4-g64", "float16"),
+]
 WIDE = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 1}
 Q = "model.layers.0.self_attn.q_proj.weight"
 TABLE = "model.embed_tokens.weight"
@@ -68,7 +71,13 @@ def spread(model: Any) -> Any:
     for tensor in model.tensors.values():
         if isinstance(tensor, QuantizedTensor):
             grid, shape = tensor.grid, tensor.codes.shape
-            tensor.codes[:] = random.integers(grid.low, grid.high + 1, shape)
+            if grid.asymmetric:
+                zero_points = random.integers(0, 16, tensor.scale.shape).repeat(
+                    shape[1] // tensor.scale.shape[1], axis=1
+                )
+                tensor.codes[:] = random.integers(0, 16, shape) - zero_points
+            else:
+                tensor.codes[:] = random.integers(grid.low, grid.high + 1, shape)
             if grid.signed_scale:
                 tensor.scale[::2] *= -1
     return model

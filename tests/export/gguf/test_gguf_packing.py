@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from slimport.errors import Unsupported
+from slimport.errors import BadInput, Unsupported
 from slimport.export.gguf import packing, reader
 from slimport.export.gguf.reader import Stored
 from slimport.export.gguf.writer import TensorInfo
@@ -20,10 +20,14 @@ from slimport.quantize.tensor import QuantizedTensor
 def tensors(draw: st.DrawFn) -> QuantizedTensor:
     """Any grid, codes anywhere on it, scales from the floor to the ceiling, all-zero groups."""
     grid = GRIDS[draw(st.sampled_from(sorted(packing.TYPES)))]
-    size = BLOCKS[packing.TYPES[grid.name]][0]
+    size = max(BLOCKS[packing.TYPES[grid.name]][0], grid.group or 0)
     rows, columns = draw(st.integers(1, 5)), size * draw(st.integers(1, 4))
     shape = (rows, grid.groups(columns))
     codes = draw(arrays.arrays(np.int8, (rows, columns), elements=st.integers(grid.low, grid.high)))
+    if grid.asymmetric:  # anywhere, but in each group within a window that holds 0
+        zero = draw(arrays.arrays(np.int8, shape, elements=st.integers(0, 15)))
+        groups = codes.reshape(*shape, -1)
+        np.clip(groups, -zero[:, :, None], 15 - zero[:, :, None], out=groups)
     smallest = -SCALE_CEILING if grid.signed_scale else SCALE_FLOOR
     sizes = st.floats(smallest, SCALE_CEILING, width=32)
     scale = round_scale(draw(arrays.arrays(np.float32, shape, elements=sizes)))
@@ -90,12 +94,35 @@ def test_a_tq2_0_block_by_hand() -> None:
     assert packing.pack(tensor).tobytes().hex() == "e4" + "55" * 62 + "d5" + "0038"
 
 
+def test_a_q5_0_block_by_hand() -> None:
+    codes = np.zeros((1, 32), np.int8)
+    codes[0, :3] = -15, 15, -1  # plus 16: 1, 31, 15
+    codes[0, 16:18] = 1, -8  # 17, 8
+    tensor = QuantizedTensor(GRIDS["uint4-row"], codes, np.array([[0.5]], np.float32))
+    # Fifth bits of 0 .. 31, low bits first: not of codes 0, 2 and 17.
+    expected = "0038" + "fafffdff" + "118f0f" + "00" * 13
+    assert packing.pack(tensor).tobytes().hex() == expected
+
+
+def test_a_scale_of_128_weights_stands_in_four_blocks() -> None:
+    codes = np.full((1, 256), 7, np.int8)
+    tensor = QuantizedTensor(GRIDS["int4-g128-f16"], codes, np.float32([[1 + 2**-10, -2]]))
+    packed = packing.pack(tensor).reshape(8, 18)
+    assert [block[:2].tobytes().hex() for block in packed] == ["013c"] * 4 + ["00c0"] * 4
+    packed[2, 0] ^= 1
+    with pytest.raises(BadInput, match="row 0 has another scale in block 2 than in block 0"):
+        unpacked(packed.reshape(1, -1), tensor.grid, tensor.shape)
+
+
+SOME = ("int2-g256", "int2-g64", "int4-g128-f16", "int4-g32", "int8-row", "uint4-g64", "uint4-row")
+
+
 @pytest.mark.parametrize("rows", [1, 3, 7])
-@pytest.mark.parametrize("grid", sorted(packing.TYPES))
+@pytest.mark.parametrize("grid", SOME)
 def test_parts_join_to_the_whole(grid: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     # Two rows at a time, so a last part of one row.
     generator = np.random.default_rng(rows)
-    size = BLOCKS[packing.TYPES[grid]][0]
+    size = max(BLOCKS[packing.TYPES[grid]][0], GRIDS[grid].group or 0)
     monkeypatch.setattr(packing, "_CHUNK", 2 * size)
     codes = generator.integers(-1, 3, (rows, size), dtype=np.int8)
     scale = np.full((rows, GRIDS[grid].groups(size)), 0.25, np.float32)
