@@ -12,6 +12,7 @@ from .layer import (
     Parameters,
     decoder_layer,
     load_layer,
+    read_tensor,
 )
 from .model import CachedDecoder, TracedDecoder, embed, head, logits
 from .positions import Cache, Tables, attention_tables
@@ -32,4 +33,5 @@ __all__ = [
     "head",
     "load_layer",
     "logits",
+    "read_tensor",
 ]
