@@ -232,6 +232,7 @@ def quantize(
         "weights_digest": quantized.weights_digest,
         "float_digest": quantized.float_digest,
         "errors": dict(quantized.errors),
+        "layers": dict(quantized.layers),
     }
 
 

@@ -424,8 +424,10 @@ targets = ["android"]                 # `slimport targets` lists them; or the pa
 # [quantize]
 # preset = "int4"                     # int4, int4-all, int4-signed, int8, int2, mixed; for Core ML
                                       # alone lut4, lut6; for GGUF alone llama.cpp's Q4_K_M, IQ3_M
-# method = "gptq"                     # or "rtn": needs no text; or "imatrix": ggml's own kernels
-                                      # (k-means for lut4 and lut6; without text: "kmeans")
+# method = "gptq"                     # "autoround": learnt, takes hours, best at few bits; "auto":
+                                      # in each layer the best; without text "rtn" or "hqq";
+                                      # "imatrix": ggml's own kernels (k-means for lut4 and lut6;
+                                      # without text: "kmeans")
 # imatrix = "imatrix.gguf"            # for method imatrix, in place of calibration text
 # search = true                       # rtn: search the scales
 # calibration_windows = 64

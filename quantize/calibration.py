@@ -7,8 +7,9 @@ unnamed temporary file, so anonymous memory depends on one layer and not on wind
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from types import TracebackType
 from typing import NamedTuple
 
@@ -67,10 +68,58 @@ class Statistics(NamedTuple):
     drift: Float32
 
 
+@dataclass(frozen=True, slots=True)
+class Passage:
+    """The calibration windows on their way through one decoder layer, in batches of some of them.
+
+    Attributes:
+        index: of the layer.
+        held: batches that went into no statistics; batch n holds the same windows everywhere.
+    """
+
+    index: int
+    source: Weights
+    config: DecoderConfig
+    tables: Sequence[Tables]
+    held: tuple[int, ...]
+    _exact: Activations
+    _actual: Activations
+
+    @property
+    def batches(self) -> int:
+        return self._actual.batches
+
+    @property
+    def judges(self) -> tuple[int, ...]:
+        """The batches to measure on: those that are held; all where there are too few to hold."""
+        return self.held or tuple(range(self.batches))
+
+    @property
+    def teaches(self) -> tuple[int, ...]:
+        """The batches to learn from."""
+        return tuple(batch for batch in range(self.batches) if batch not in self.held)
+
+    def inputs(self, batch: int) -> Tensor:
+        """What the layer receives from the quantized ones before it: (windows, length, hidden)."""
+        return self._actual.read(batch)
+
+    def targets(self, batch: int) -> Tensor:
+        """What it gives in full precision, where those before it are too; the same shape."""
+        return self._exact.read(batch)
+
+    def load(self, replaced: Mapping[str, Tensor] = {}) -> LayerWeights:
+        """The layer's weights, float32, some of them replaced by name."""
+        return load_layer(self.source, self.config, self.index, replaced)
+
+    def run(self, inputs: Tensor, layer: LayerWeights) -> Tensor:
+        """The output of a layer with these weights, same shape as `inputs`; differentiable."""
+        return decoder_layer(inputs, layer, self.config, self.tables[self.index])
+
+
 def layer_statistics(
-    source: Weights, config: DecoderConfig, windows: Windows
-) -> Generator[tuple[int, dict[str, Statistics]], Mapping[str, Float32], None]:
-    """Stream windows through the decoder; yield each layer's index and {weight name: Statistics}.
+    source: Weights, config: DecoderConfig, windows: Windows, hold: bool = False
+) -> Generator[tuple[Passage, dict[str, Statistics]], Mapping[str, Float32], None]:
+    """Stream windows through the decoder; yield each layer's Passage and {name: Statistics}.
 
     Send {weight name: dequantized weights, float32} back for the weights of this layer that were
     quantized: the next layer's inputs are computed with them, so each layer is calibrated on what
@@ -83,16 +132,18 @@ def layer_statistics(
     with Activations(windows, config) as exact, Activations(windows, config) as actual:
         for activations in (exact, actual):
             activations.embed(source, config)
+        held = _held(exact.batches) if hold else ()
         for index in range(config.layers):
             layer = load_layer(source, config, index)
-            found = _statistics(layer, config, exact, actual, tables[index])
+            found = _statistics(layer, config, exact, actual, tables[index], held)
             named = {
                 weight.name: found[weight.kind]
                 for weight in weights(config)
                 if weight.layer == index and weight.is_linear
             }
             del layer, found
-            quantized = yield index, named
+            passage = Passage(index, source, config, tables, held, exact, actual)
+            quantized = yield passage, named
             named.clear()
             if index + 1 < config.layers:
                 replaced = {name: torch.from_numpy(array) for name, array in quantized.items()}
@@ -156,24 +207,37 @@ def _squares(
     return {kind: found[first] for first, kinds in shared.items() for kind in kinds}
 
 
+def _held(batches: int) -> tuple[int, ...]:
+    """Every eighth batch, four of them at most; none of less than four."""
+    return tuple(range(3, batches, max(8, batches // 4)))
+
+
 def _statistics(
     layer: LayerWeights,
     config: DecoderConfig,
     exact: Activations,
     actual: Activations,
     tables: Tables,
+    held: Sequence[int],
 ) -> dict[Kind, Statistics]:
-    """Statistics of the Linears of one full-precision layer; `exact` moves on to its output."""
+    """Statistics of the Linears of one full-precision layer; `exact` moves on to its output.
+
+    Batches that are `held` do not count.
+    """
     shared = {first: kinds for first, kinds in SHARED_INPUTS.items() if first in layer}
     squares = {kind: torch.zeros(2 * layer[kind].weight.shape[1:]) for kind in shared}
     moves = {kind: torch.zeros_like(square) for kind, square in squares.items()}
     added = {} if Kind.ATTENTION_POST_NORM in layer else RESIDUALS  # not through another norm
     residuals = {kind: torch.zeros_like(layer[kind].weight) for kind in added}
+    tokens = 0
     for batch in range(exact.batches):
         wanted: dict[Kind, Tensor] = {}
         found: dict[Kind, Tensor] = {}
         output = decoder_layer(exact.read(batch), layer, config, tables, wanted.__setitem__)
         exact.write(batch, output)
+        if batch in held:
+            continue
+        tokens += output.shape[0] * output.shape[1]
         decoder_layer(actual.read(batch), layer, config, tables, found.__setitem__)
         missing = {kind: (wanted.pop(kind) - found[kind]).flatten(0, 1) for kind in found}
         for kind in shared:
@@ -184,13 +248,13 @@ def _statistics(
                 residuals[kind].addmm_(missing[added[kind]].T, inputs)
     statistics = {}
     for first, kinds in shared.items():
-        hessian = squares[first].div_(exact.tokens).numpy()
+        hessian = squares[first].div_(tokens).numpy()
         move = moves.pop(first)
         for kind in kinds:
             drift = layer[kind].weight @ move
             if kind in added:
                 drift += residuals.pop(kind).div_(config.residual_multiplier)
-            statistics[kind] = Statistics(hessian, drift.div_(exact.tokens).numpy())
+            statistics[kind] = Statistics(hessian, drift.div_(tokens).numpy())
     return statistics
 
 
@@ -205,7 +269,7 @@ class Activations:
         self._hidden_size = config.hidden_size
         count, length = windows.ids.shape
         self._windows = max(1, _TOKENS_AT_ONCE // length)  # in one batch
-        self.batches = -(-count // self._windows)
+        self.batches: int = -(-count // self._windows)
         self.tokens = count * length
         self._file = tempfile.TemporaryFile(buffering=0)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from math import prod
@@ -31,8 +32,11 @@ from .palette import LUT4_R16, LUT6_R16, PALETTE_GRIDS, PaletteGrid
 FLOAT = "float16"  # as a pattern's value: the weight stays float
 # rtn-absmax: rtn without the search for a scale. imatrix: ggml's kernels with an importance matrix,
 # tables without one, as llama-quantize does it; of a palettized grid k-means weighed by it. kmeans:
-# of a palettized grid, without weights.
-METHODS = ("rtn", "rtn-absmax", "gptq", "imatrix", "kmeans")
+# of a palettized grid, without weights. auto: of those that can, in each layer the best.
+METHODS = ("rtn", "rtn-absmax", "hqq", "gptq", "autoround", "imatrix", "kmeans", "auto")
+CANDIDATES = ("rtn", "hqq", "gptq", "autoround", "imatrix")
+BY_LAYERS = ("gptq", "autoround", "auto")  # these need how inputs vary together
+_LEARNT = ("autoround", "auto")  # these measure on windows that are kept from the others
 GIVEN = "given"  # as whoever quantized the checkpoint chose its codes; not a method to ask for
 _INSTEAD = "instead of"
 _NO_PATTERNS: Mapping[str, str] = MappingProxyType({})
@@ -100,7 +104,17 @@ class Plan:
     @property
     def calibrated(self) -> bool:
         """Whether a method needs calibration windows."""
-        return self.uses("gptq") or self.uses("imatrix")
+        return self.by_layers or self.uses("imatrix")
+
+    @property
+    def by_layers(self) -> bool:
+        """Whether a method works on one decoder layer after the other."""
+        return any(map(self.uses, BY_LAYERS))
+
+    @property
+    def holds(self) -> bool:
+        """Whether some calibration windows are kept to measure on."""
+        return any(map(self.uses, _LEARNT))
 
     def uses(self, method: str) -> bool:
         """Whether a weight is quantized by `method`."""
@@ -166,7 +180,8 @@ def make_plan(
         method: one of METHODS. Tables use rtn in place of gptq: a table is looked up too, and
             calibrating it as a head makes its lookups worse. Linears of a ggml type whose codes
             gptq cannot choose use imatrix in its place; grids with a codebook use rtn-absmax;
-            palettized grids kmeans in place of rtn.
+            palettized grids kmeans in place of rtn. What autoround or auto cannot do is done as
+            by gptq, what hqq cannot as by rtn.
         patterns: shell-style pattern on the weight name -> grid name or "float16"; where several
             match, the last one decides.
 
@@ -250,7 +265,7 @@ def _choose(
     elif preset in PRESETS:
         grid, reason = _of_preset(preset, weight, config)
     else:
-        grid, reason = _of_mix(preset, weight, config, weighted=method in ("gptq", "imatrix"))
+        grid, reason = _of_mix(preset, weight, config, weighted=method in (*BY_LAYERS, "imatrix"))
     if grid is None:
         return Choice(weight, None, "", f"{reason}: stays {FLOAT}")
     rows, columns = weight.shape
@@ -258,7 +273,7 @@ def _choose(
         what = f"{rows} rows" if isinstance(grid, PaletteGrid) else f"rows of {columns}"
         why = f"{what} do not divide into groups of {grid.group}"
         return Choice(weight, None, "", f"{why}: stays {FLOAT}")
-    return Choice(weight, grid, _method(weight, grid, method), reason)
+    return Choice(weight, grid, method_of(weight, grid, method), reason)
 
 
 def _of_preset(name: str, weight: Weight, config: DecoderConfig) -> tuple[Grid | PaletteGrid, str]:
@@ -293,8 +308,17 @@ def _of_mix(
     return (None if held is Type.F16 else BlockGrid(held)), reason
 
 
-def _method(weight: Weight, grid: AnyGrid, method: str) -> str:
+def method_of(weight: Weight, grid: AnyGrid, method: str) -> str:
     """`method`, or what takes its place for this weight."""
+    if method == "auto":
+        several = not weight.is_table and len(_candidates(weight, grid)) > 1
+        return "auto" if several else method_of(weight, grid, "gptq")
+    # Whose values are steps from a zero that is the same for all groups.
+    steps = isinstance(grid, Grid) and grid.levels is None and not grid.asymmetric
+    if method == "autoround" and (weight.is_table or not steps):
+        method = "gptq"
+    if method == "hqq" and not steps:
+        method = "rtn"
     if isinstance(grid, PaletteGrid):
         return _method_of_palette(weight, grid, method)
     if method == "kmeans":
@@ -333,6 +357,14 @@ def _method(weight: Weight, grid: AnyGrid, method: str) -> str:
             "choose another type for it" if weight.is_table else "choose --method imatrix or gptq",
         )
     return method
+
+
+def _candidates(weight: Weight, grid: AnyGrid) -> set[str]:
+    found = set()
+    for method in CANDIDATES:
+        with suppress(UsageError):  # the grid does not take it
+            found.add(method_of(weight, grid, method))
+    return found
 
 
 def _method_of_palette(weight: Weight, grid: PaletteGrid, method: str) -> str:

@@ -31,10 +31,10 @@ from .given import Given
 from .grid import SCALE_CEILING, Float32, Grid, Int8
 from .imatrix import Imatrix
 from .loss import NOTHING, Loss
-from .methods import codebook, kmeans, kquants, rtn
+from .methods import codebook, hqq, kmeans, kquants, rtn
 from .packing import UInt8, pack, pack_unsigned
 from .palette import LARGEST_LEVEL, LEVEL_DTYPE, PaletteGrid, PaletteTensor
-from .plan import FLOAT, GIVEN, Choice, Plan
+from .plan import BY_LAYERS, FLOAT, GIVEN, Choice, Plan
 from .store import Origin, QuantizedCheckpoint, Record
 from .tensor import QuantizedTensor, start_digest
 from .windows import Windows
@@ -85,20 +85,24 @@ def quantize(
             "it chooses codes by what the layers receive for real text",
             "give a text with --calibration FILE, or choose --method rtn",
         )
-    elif isinstance(calibration, Imatrix) and plan.uses("gptq"):
+    elif isinstance(calibration, Imatrix) and plan.by_layers:
+        method = next(filter(plan.uses, BY_LAYERS))
         raise UsageError(
-            "method gptq cannot start from an importance matrix",
+            f"method {method} cannot start from an importance matrix",
             "it needs how inputs vary together, and the matrix holds their squares only",
             "choose --method imatrix, or leave --imatrix away",
         )
     with store.filling(folder), ThreadPoolExecutor(_threads()) as pool:
         decoder = decoder_config(config)
-        blocks = _blocks(weights, decoder, plan, calibration, pool, progress)
+        told: dict[str, Any] = {}
+        blocks = _blocks(weights, decoder, plan, calibration, pool, progress, told)
         with closing(blocks):
             records = _write(blocks, plan, folder, progress)
         digest = calibration.digest if calibration else None
         with store.writing(folder):
-            store.write_metadata(folder, config, plan, origin(), digest, records, tokenizer_folder)
+            store.write_metadata(
+                folder, config, plan, origin(), digest, records, tokenizer_folder, told
+            )
     return QuantizedCheckpoint.open(folder)
 
 
@@ -174,10 +178,11 @@ def _blocks(
     calibration: Windows | Imatrix | None,
     pool: ThreadPoolExecutor,
     progress: Progress,
+    told: dict[str, Any],
 ) -> Generator[_Block, None, None]:
-    """All blocks in the order of the plan."""
-    if isinstance(calibration, Windows) and plan.uses("gptq"):
-        yield from _by_layers(weights, config, plan, calibration, pool)
+    """All blocks in the order of the plan; what was measured of layers is added to `told`."""
+    if isinstance(calibration, Windows) and plan.by_layers:
+        yield from _by_layers(weights, config, plan, calibration, pool, told)
         return
     importance: Importance = {}
     if isinstance(calibration, Imatrix):
@@ -195,35 +200,43 @@ def _by_layers(
     plan: Plan,
     windows: Windows,
     pool: ThreadPoolExecutor,
+    told: dict[str, Any],
 ) -> Generator[_Block, None, None]:
     """Layers in order, each calibrated on what the quantized ones before it give."""
-    from .calibration import layer_statistics, same_threads
+    from . import layers
+    from .calibration import Statistics, layer_statistics, same_threads
     from .methods import gptq
 
-    with same_threads(), closing(layer_statistics(weights, config, windows)) as stream:
+    def solve(values: Float32, choice: Choice, seen: Statistics) -> Quantized:
+        assert choice.grid is not None
+        if choice.method == "gptq":
+            return gptq.solve(values, choice.grid, *seen)
+        diagonal = np.ascontiguousarray(seen.hessian.diagonal())
+        if choice.method == "imatrix" and isinstance(choice.grid, BlockGrid):
+            return _in_parts(values, choice, diagonal, pool)
+        return rounded(values, choice, diagonal)
+
+    solver = layers.Solver(weights, config, solve)
+    stream = layer_statistics(weights, config, windows, hold=plan.holds)
+    with same_threads(), closing(stream):
         solved: dict[str, Float32] | None = None
         for shard in store.shards(plan):
             if shard[0].weight.layer is None:
                 yield from _by_rows(weights, shard, pool, {})
                 continue
-            _, statistics = next(stream) if solved is None else stream.send(solved)
+            passage, statistics = next(stream) if solved is None else stream.send(solved)
+            found = solver.layer(shard, passage, statistics)
+            if found.told:
+                told[str(passage.index)] = found.told
             solved = {}
             for choice in shard:
-                name, grid = choice.weight.name, choice.grid
-                if grid is None:
+                name = choice.weight.name
+                if choice.grid is None:
                     yield from _by_rows(weights, (choice,), pool, {})
                     continue
-                values = weights.rows(name)
-                tensor: Quantized
-                if choice.method == "gptq":
-                    tensor = gptq.solve(values, grid, *statistics[name])
-                elif not isinstance(grid, BlockGrid):
-                    tensor = rounded(values, choice, statistics[name].hessian.diagonal())
-                else:
-                    diagonal = np.ascontiguousarray(statistics[name].hessian.diagonal())
-                    tensor = _in_parts(values, choice, diagonal, pool)
+                tensor = found.tensors.pop(name)
                 solved[name] = tensor.dequantize()
-                yield _quantized_block(name, values, tensor)
+                yield _quantized_block(name, weights.rows(name), tensor)
 
 
 def _in_parts(
@@ -286,6 +299,8 @@ def rounded(values: Float32, choice: Choice, importance: Float32 | None) -> Quan
     if isinstance(choice.grid, Grid):
         if choice.grid.levels is not None:
             return codebook.solve(values, choice.grid)
+        if choice.method == "hqq":
+            return hqq.solve(values, choice.grid)
         return rtn.solve(values, choice.grid, search=choice.method != "rtn-absmax")
     if choice.method == "imatrix":
         return ggml_blocks.solve(values, choice.grid, importance)

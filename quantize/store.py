@@ -84,6 +84,7 @@ class QuantizedCheckpoint:
         config: config.json; `decoder` is the same, understood.
         calibration: digest of the calibration windows; None without a calibrated method.
         records: what is known of each weight, by source name.
+        layers: {decoder layer: what was measured there, and what came of it}, of methods that do.
     """
 
     folder: Path
@@ -94,6 +95,7 @@ class QuantizedCheckpoint:
     calibration: str | None
     records: Mapping[str, Record]
     files: Mapping[str, Path]
+    layers: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def open(cls, folder: Path) -> QuantizedCheckpoint:
@@ -120,13 +122,14 @@ class QuantizedCheckpoint:
             origin = Origin(**content["origin"])
             records = {name: Record(**entry) for name, entry in content["records"].items()}
             calibration = content["calibration"]
+            layers = dict(content.get("layers", {}))
             stated = content["weights_digest"], content["float_digest"]
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise _malformed(folder, f"{QUANTIZATION}: {type(error).__name__} {error}") from error
         if [*records] != [choice.weight.name for choice in plan.choices]:
             raise _malformed(folder, "plan and records name different weights")
         files = _check_shards(folder, plan)
-        found = cls(folder, config, decoder, plan, origin, calibration, records, files)
+        found = cls(folder, config, decoder, plan, origin, calibration, records, files, layers)
         if (found.weights_digest, found.float_digest) != stated:
             raise _malformed(folder, "the digests of its weights do not add up")
         return found
@@ -324,6 +327,7 @@ def write_metadata(
     calibration: str | None,
     records: Mapping[str, Record],
     tokenizer_folder: Path,
+    layers: Mapping[str, Any] = MappingProxyType({}),
 ) -> None:
     """Write config.json and quantization.json; copy tokenizer and licence files."""
     quantized = {choice.weight.name for choice in plan.quantized}
@@ -339,6 +343,8 @@ def write_metadata(
         "plan": plan.to_json(),
         "records": {name: asdict(record) for name, record in records.items()},
     }
+    if layers:
+        content["layers"] = dict(layers)
     for pattern in (*TOKENIZER_FILES, *LICENSES):
         for path in sorted(tokenizer_folder.glob(pattern)):
             shutil.copyfile(path, folder / path.name)

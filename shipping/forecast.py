@@ -27,7 +27,12 @@ _KERNEL_SECONDS = 2e-7  # by ggml's kernels; from k-quants to i-quants a quarter
 _KMEANS_SECONDS = 2.5e-7  # for palettized grids; of 6 bits twice as long as of 4
 _GPTQ_SECONDS = 1.3e-10  # per weight and input column of its matrix
 _FORWARD_SECONDS = 1.5e-11  # per weight and token
-_PASSES = {"gptq": 3, "imatrix": 1}  # over the calibration text
+_PASSES = {"gptq": 3, "autoround": 3, "auto": 3, "imatrix": 1}  # over the calibration text
+_SOLVED = ("gptq", "autoround", "auto")  # the last two start with the first
+_LEARNT = ("autoround", "auto")
+_LEARNING_TOKENS = 3 * 200 * 2048 + 11 * 4096  # forward and backward, and looks at held windows
+_LEARNING_MEMORY = 36  # bytes per weight of a layer
+_TRIED_TOKENS = 4 * 4096  # auto: candidates on held windows, through the rest of the model
 _JUDGE_SECONDS = 2.5e-11  # per weight and token: oracle, codes and artifact
 _START_MEMORY = 350_000_000  # the libraries themselves
 _BLOCK_MEMORY = 100_000_000  # blocks of rows in flight
@@ -138,16 +143,21 @@ def _searched(recipe: Recipe, source: Source, progress: Progress) -> fit.Fit:
 def _memory(plan: Plan) -> int:
     """Codes of the largest weight twice (solved and read back), or one layer of GPTQ.
 
-    A layer is held in full precision and quantized, with two statistics for every kind of input.
+    A layer is held in full precision and quantized, with two statistics for every kind of input;
+    where it is learnt, with offsets, gradients and the activations of one step too.
     """
     largest = max(prod(choice.weight.shape) for choice in plan.choices)
-    layer = [c for c in plan.choices if c.weight.layer == 0 and c.method == "gptq"]
+    layer = [c for c in plan.choices if c.weight.layer == 0 and c.method in _SOLVED]
+    learnt = [prod(c.weight.shape) for c in layer if c.method in _LEARNT]
+    outputs = sum(c.weight.shape[0] for c in layer) if learnt else 0
     weights = sum(4 * prod(choice.weight.shape) for choice in layer)
     hessians = sum(
         4 * choice.weight.shape[1] ** 2 for choice in layer if choice.weight.kind in _OWN_INPUTS
     )
     solving = max((8 * prod(c.weight.shape) + 8 * c.weight.shape[1] ** 2 for c in layer), default=0)
-    return _START_MEMORY + max(_BLOCK_MEMORY + 4 * largest, 2 * weights + 2 * hessians + solving)
+    learning = _LEARNING_MEMORY * sum(learnt) + 4 * 2048 * 3 * outputs
+    calibrated = 2 * weights + 2 * hessians + max(solving, learning)
+    return _START_MEMORY + max(_BLOCK_MEMORY + 4 * largest, calibrated)
 
 
 def _temporary(recipe: Recipe, plan: Plan, source: Source) -> int:
@@ -167,7 +177,8 @@ def _temporary(recipe: Recipe, plan: Plan, source: Source) -> int:
 def _seconds(recipe: Recipe, plan: Plan, source: Source) -> float:
     rounded = sum(_rounding(choice) * prod(choice.weight.shape) for choice in plan.choices)
     layers = sum(prod(choice.weight.shape) for choice in plan.choices if choice.weight.is_linear)
-    solved = [choice.weight.shape for choice in plan.choices if choice.method == "gptq"]
+    solved = [choice.weight.shape for choice in plan.choices if choice.method in _SOLVED]
+    learnt = sum(prod(c.weight.shape) for c in plan.choices if c.method in _LEARNT)
     passes = max((count for method, count in _PASSES.items() if plan.uses(method)), default=0)
     if recipe.quantize.imatrix:
         passes = 0
@@ -175,6 +186,9 @@ def _seconds(recipe: Recipe, plan: Plan, source: Source) -> float:
     judged = 2 * recipe.validate.windows * recipe.validate.window_length
     gptq = sum(_GPTQ_SECONDS * prod(shape) * shape[1] for shape in solved)
     forward = passes * _FORWARD_SECONDS * layers * tokens
+    forward += _FORWARD_SECONDS * learnt * _LEARNING_TOKENS
+    if plan.uses("auto"):
+        forward += _FORWARD_SECONDS * layers * _TRIED_TOKENS * (source.decoder.layers + 1) / 2
     return 10 + rounded + gptq + forward + _JUDGE_SECONDS * plan.parameters * judged
 
 

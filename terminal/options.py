@@ -60,8 +60,9 @@ quantize_options = _options(
     click.option("--gguf-type", help="In its place one of llama.cpp's types, such as Q4_K_M."),
     click.option(
         "--method",
-        help="gptq (default), rtn, rtn-absmax, imatrix (ggml's kernels; k-means weighed by it),"
-        " kmeans (palettized grids).",
+        help="gptq (default), autoround (learnt: slow, best at few bits), auto (the best by layer),"
+        " rtn, rtn-absmax, hqq, imatrix (ggml's kernels; k-means weighed by it), kmeans (palettized"
+        " grids).",
     ),
     click.option(
         "--grid", multiple=True, metavar="PATTERN=GRID", help="A grid for weights by name."

@@ -42,11 +42,11 @@ def stream(
 ) -> dict[str, Statistics]:
     """All statistics, every layer rounded to int4-g32 before the next one if `quantize`."""
     layers = layer_statistics(source, config, windows)
-    index, found = next(layers)
+    passage, found = next(layers)
     everything = dict(found)
     for expected in range(1, config.layers):
-        assert index == expected - 1
-        index, found = layers.send(rounded(source, found) if quantize else {})
+        assert passage.index == expected - 1
+        passage, found = layers.send(rounded(source, found) if quantize else {})
         everything |= found
     with pytest.raises(StopIteration):
         layers.send({})

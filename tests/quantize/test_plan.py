@@ -181,3 +181,32 @@ def test_planning_loads_nothing_heavy():
     code = "import sys, slimport.quantize.plan; print(sorted({'torch', 'numba'} & {*sys.modules}))"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("asked", "grid", "linears", "tables"),
+    [
+        ("autoround", "int2-g64", "autoround", "rtn"),
+        ("autoround", "nf4-g64", "rtn-absmax", "rtn"),
+        ("autoround", "lut4-r16", "gptq", "rtn"),
+        ("autoround", "Q4_0", "gptq", "rtn"),
+        ("autoround", "IQ2_S", "imatrix", "rtn"),
+        ("autoround", "IQ4_NL", "gptq", "rtn"),
+        ("hqq", "int4-g32-signed", "hqq", "hqq"),
+        ("hqq", "nf4-g64", "rtn-absmax", "hqq"),
+        ("hqq", "lut4-r16", "kmeans", "hqq"),
+        ("hqq", "Q4_0", "rtn", "hqq"),
+        ("auto", "int2-g64", "auto", "rtn"),
+        ("auto", "lut4-r16", "auto", "rtn"),
+        ("auto", "Q4_0", "auto", "rtn"),
+        ("auto", "nf4-g64", "rtn-absmax", "rtn"),  # nothing to choose from
+    ],
+)
+def test_what_takes_the_place_of_a_method(asked, grid, linears, tables):
+    config = decoder(hidden_size=256, intermediate_size=256)
+    plan = make_plan(config, "int4", asked, {"model.layers.*": grid})
+    assert {c.method for c in plan.choices if c.weight.is_linear} == {linears}
+    assert {c.method for c in plan.choices if c.weight.is_table} == {tables}
+    assert plan.by_layers == (linears in ("autoround", "gptq", "auto"))
+    assert plan.holds == (linears in ("autoround", "auto"))
+    assert Plan.from_json(plan.to_json(), config) == plan

@@ -11,7 +11,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from slimport.architectures import decoder_config
+from slimport.quantize.plan import make_plan
+from slimport.shipping import forecast
+
 Run = Callable[..., Any]
+LARGE = {"hidden_size": 2048, "intermediate_size": 5632}
 
 
 @pytest.fixture
@@ -89,3 +94,14 @@ def test_a_dry_run_refuses_what_an_export_refuses(
     dry, real = run(*command, "--dry-run"), run(*command)
     assert (dry.code, dry.err) == (real.code, real.err)
     assert dry.code == 5 and "down_proj" in dry.err
+
+
+def test_learning_takes_more_time_and_memory(tiny_llama: Path, run: Run) -> None:
+    """Bytes depend on the grids alone. In memory, the libraries outweigh a tiny model's layer."""
+    command = ["export", tiny_llama, "--target", "android", "--dry-run", "--json", "--method"]
+    gptq, learnt, auto = (run(*command, name).json for name in ("gptq", "autoround", "auto"))
+    large = decoder_config(json.loads((tiny_llama / "config.json").read_text()) | LARGE)
+    memory = [forecast._memory(make_plan(large, method=m)) for m in ("gptq", "autoround", "auto")]
+    assert memory[0] < memory[1] == memory[2]
+    assert gptq["seconds"] < learnt["seconds"] < auto["seconds"]
+    assert gptq["jobs"] == learnt["jobs"] == auto["jobs"]
