@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from math import prod
 from types import MappingProxyType
@@ -22,8 +22,9 @@ from .palette import LUT4_R16, LUT6_R16, PALETTE_GRIDS, PaletteGrid
 FLOAT = "float16"  # as a pattern's value: the weight stays float
 # rtn-absmax: rtn without the search for a scale. imatrix: ggml's kernels with an importance matrix,
 # tables without one, as llama-quantize does it; of a palettized grid k-means weighed by it. kmeans:
-# of a palettized grid, without weights.
+# of a palettized grid, without weights. qat: trained by `slimport qat`; no plan is made with it.
 METHODS = ("rtn", "rtn-absmax", "gptq", "imatrix", "kmeans")
+TRAINED = "qat"
 _INSTEAD = "instead of"
 _NO_PATTERNS: Mapping[str, str] = MappingProxyType({})
 
@@ -59,7 +60,7 @@ class Choice:
 
     Attributes:
         grid: None: the weight stays float (float16 in containers, float32 if it is 1-D).
-        method: one of METHODS, or "" where grid is None.
+        method: one of METHODS or TRAINED, or "" where grid is None.
         reason: where the choice comes from, for people.
     """
 
@@ -95,6 +96,16 @@ class Plan:
     def uses(self, method: str) -> bool:
         """Whether a weight is quantized by `method`."""
         return any(choice.method == method for choice in self.choices)
+
+    def trained(self, names: Collection[str]) -> Plan:
+        """This plan, after these weights were trained."""
+        return replace(
+            self,
+            choices=tuple(
+                replace(choice, method=TRAINED) if choice.weight.name in names else choice
+                for choice in self.choices
+            ),
+        )
 
     @property
     def fallbacks(self) -> dict[str, list[str]]:
@@ -169,6 +180,12 @@ def make_plan(
             f"preset {preset!r} is not known",
             f"the presets are {', '.join(PRESETS)}, and llama.cpp's {', '.join(MIXES)}",
             "choose one of them, or set grids by pattern",
+        )
+    if method == TRAINED:
+        raise UsageError(
+            "an export does not train by itself",
+            "method qat is a training run of its own, which writes a quantized checkpoint",
+            "run `slimport qat MODEL --train FILE -o FOLDER`, then export with --quantized FOLDER",
         )
     if method not in METHODS:
         raise UsageError(
@@ -320,7 +337,7 @@ def _read(weight: Weight, entry: Mapping[str, Any]) -> Choice:
         weight.is_matrix and grid.fits((weight.shape[0], weight.shape[1]))
     ):
         raise ValueError(f"{weight.name} of shape {weight.shape} cannot be on {name}")
-    if method not in (METHODS if grid else ("",)):
+    if method not in ((*METHODS, TRAINED) if grid else ("",)):
         raise ValueError(f"{weight.name} has grid {name} and method {method!r}")
     return Choice(weight, grid, method, str(entry["reason"]))
 

@@ -18,6 +18,7 @@ from ..architectures import SCORE, DecoderConfig, check_weights, decoder_config,
 from ..checkpoint import Checkpoint, Weights
 from ..errors import Unsupported, UsageError
 from ..quantize.plan import Plan, make_plan
+from ..quantize.store import Origin
 from ..recipe import AdapterSource, Recipe
 from ..tokenizer.tokenizer import Tokenizer
 
@@ -103,6 +104,17 @@ def _refuse_overflow(entry: AdapterSource, adapter: Adapter) -> None:
                 f"its update of {name} is beyond float32",
                 "give a smaller scale: --adapter NAME=PATH:SCALE",
             )
+
+
+def origin_of(source: Source) -> Origin:
+    """What is quantized, for the record: hashes the base."""
+    merged = source.adapters if source.mode == "merged" else ()
+    return Origin(
+        name=source.name,
+        base=source.checkpoint.digest(),
+        adapters={entry.name: adapter.digest() for entry, adapter in merged},
+        scales={entry.name: entry.scale for entry, _ in merged},
+    )
 
 
 def plan_of(recipe: Recipe, source: Source) -> Plan:
