@@ -275,6 +275,7 @@ def qat(
     from . import pipeline
 
     recipe = _recipe(**flags)
+    quiet = quiet or os.environ.get("RANK", "0") != "0"  # of torchrun's processes the first speaks
     with console.progress(quiet) as progress:
         trained = pipeline.qat(
             recipe,
@@ -284,6 +285,8 @@ def qat(
             progress=progress,
             say=console.said(quiet),
         )
+    if trained is None:
+        return
     if as_json:
         _print_json(trained)
     else:

@@ -268,10 +268,11 @@ def qat(
     restart: bool = False,
     progress: Progress = _silent,
     say: Callable[[str], None] = lambda line: None,
-) -> dict[str, Any]:
+) -> dict[str, Any] | None:
     """Train a recipe's model on its grids and write the quantized checkpoint; returns its record.
 
-    A run that was killed goes on where it was saved last, to the same bytes.
+    A run that was killed goes on where it was saved last, to the same bytes. Of torchrun's
+    processes all call it, the first writes, and the others get None.
 
     Args:
         restart: begin anew in place of that.
@@ -283,7 +284,10 @@ def qat(
     """
     store.refuse_foreign(output)
     prepared = training.prepare(recipe, offline=offline)
-    trained, found = training.train(prepared, output, restart=restart, progress=progress, say=say)
+    done = training.train(prepared, output, restart=restart, progress=progress, say=say)
+    if done is None:
+        return None
+    trained, found = done
     return {
         "schema": "slimport.qat/1",
         "name": trained.name,

@@ -107,6 +107,8 @@ class Qat:
         seed: of the order of windows.
         recompute: whether layers are computed again in the backward pass: less memory, a third
             more time.
+        shard: whether the processes of torchrun share the parameters (FSDP), or each has them all.
+        device: "cpu", "cuda", or "auto": a GPU if there is one.
     """
 
     steps: int = 400
@@ -122,6 +124,8 @@ class Qat:
     patience: int = 4
     seed: int = 0
     recompute: bool = False
+    shard: bool = False
+    device: str = "auto"
 
 
 @dataclass(frozen=True, slots=True)
@@ -364,6 +368,12 @@ def _adapter_mode(value: Any, place: Place) -> str:
     return str(value)
 
 
+def _device(value: Any, place: Place) -> str:
+    if value not in ("auto", "cpu", "cuda"):
+        raise wrong(place, value, '"auto", "cpu" or "cuda"')
+    return str(value)
+
+
 def _targets(value: Any, place: Place) -> tuple[str, ...]:
     return tuple(
         str(_existing(name, place)) if name.endswith(".toml") else name
@@ -423,6 +433,8 @@ _SECTIONS: dict[str, tuple[type[Quantize | Fit | Qat | Texts | Validate], dict[s
             "patience": whole,
             "seed": count,
             "recompute": switch,
+            "shard": switch,
+            "device": _device,
         },
     ),
     "texts": (
@@ -522,6 +534,8 @@ targets = ["android"]                 # `slimport targets` lists them; or the pa
 # patience = 4                        # measurements without a gain, then it stops
 # seed = 0
 # recompute = false                   # less memory, a third more time
+# shard = false                       # of torchrun's processes: each holds a part (FSDP)
+# device = "auto"                     # a GPU if there is one; or "cpu", "cuda"
 
 # [texts]                             # plain text or JSONL; without them the model writes its own
 # train = "texts/train.txt"           # for `slimport qat`

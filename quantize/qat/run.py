@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from .model import Decoder, Plain
 from .state import Store
 from .text import Stream
 from .training import Trained, train
+from .workers import Workers, put
 
 Progress = Callable[[str, int, int], None]
 Say = Callable[[str], None]
@@ -96,10 +98,11 @@ def run(
     text: tuple[Stream, Windows],
     settings: Qat,
     store: Store,
+    workers: Workers,
     progress: Progress,
     say: Say,
-) -> Result:
-    """Train from `start` towards `weights`.
+) -> Result | None:
+    """Train from `start` towards `weights`; of several processes the first one has the result.
 
     Args:
         weights: full precision, adapters merged: the teacher.
@@ -111,14 +114,29 @@ def run(
     """
     trained = trainable(start.plan, settings.train_tables)
     with same_threads():
+
+        def student() -> Decoder:
+            make = partial(_student, start=start, trained=trained, settings=settings)
+            return Decoder(config, make, settings.recompute)
+
         teacher = Decoder(config, lambda weight: Plain(_tensor(weights, weight)))
-        student = Decoder(
-            config,
-            lambda weight: _student(weight, start, trained, settings),
-            settings.recompute,
+        found = train(
+            workers.spread(teacher, trains=False),
+            workers.spread(student(), trains=True),
+            *text,
+            settings,
+            store,
+            workers,
+            progress,
+            say,
         )
-        found = train(teacher, student, *text, settings, store, progress, say)
-    return Result(student.made_by(), found)
+        if not workers.first:
+            return None  # `start` may be gone any moment now
+        best = student()
+        for name, parameter in best.named_parameters():
+            if parameter.requires_grad:
+                put(parameter, found.parameters[name])
+    return Result(best.made_by(), found)
 
 
 def _student(
@@ -136,12 +154,15 @@ def _tensor(source: Weights, weight: Weight) -> torch.Tensor:
     return torch.from_numpy(np.array(source.rows(weight.name), np.float32))
 
 
-def record(settings: Qat, text: tuple[Stream, Windows], trained: Trained) -> dict[str, Any]:
+def record(
+    settings: Qat, processes: int, text: tuple[Stream, Windows], trained: Trained
+) -> dict[str, Any]:
     """training.json: settings, digests and the held-out curve; nothing of this machine."""
     stream, held_out = text
     return {
         "schema": SCHEMA,
         "settings": asdict(settings),
+        "processes": processes,
         "text": {"tokens": int(stream.ids.size), "digest": stream.digest},
         "held_out": {"tokens": int(held_out.ids.size), "digest": held_out.digest},
         "steps": trained.steps,

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from ...errors import BadInput, UsageError
 from ..store import writing
+from .workers import Workers, like, put, whole
 
 if TYPE_CHECKING:
     from .training import Point
@@ -53,23 +54,29 @@ class Store:
     folder: Path
 
     def save(
-        self, state: State, named: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
+        self,
+        state: State,
+        named: Mapping[str, nn.Parameter],
+        optimizer: torch.optim.Optimizer,
+        workers: Workers,
     ) -> None:
-        """Replace what was saved before, in one step.
+        """Replace what was saved before, in one step; every process calls it, the first writes.
 
         Raises:
             EnvironmentFailed: the disk is full or read-only.
         """
-        tensors = {f"best/{name}": values for name, values in state.best.items()}
+        tensors = {f"best/{name}": whole(values) for name, values in state.best.items()}
         for name, parameter in named.items():
-            tensors[f"parameter/{name}"] = parameter.detach()
+            tensors[f"parameter/{name}"] = whole(parameter)
             moments = optimizer.state[parameter]
-            tensors |= {f"{moment}/{name}": moments[moment] for moment in _MOMENTS}
+            tensors |= {f"{moment}/{name}": whole(moments[moment]) for moment in _MOMENTS}
+        if not workers.first:
+            return
         curve = json.dumps([asdict(point) for point in state.curve])
         metadata = {"step": str(state.step), "curve": curve}
         path, partial = self.folder / _STATE, self.folder / f"{_STATE}.partial"
         with writing(self.folder):
-            save_file({n: t.cpu().contiguous() for n, t in tensors.items()}, partial, metadata)
+            save_file({n: t.contiguous() for n, t in tensors.items()}, partial, metadata)
             _sync(partial)
             partial.replace(path)
             _sync(self.folder)
@@ -88,17 +95,17 @@ class Store:
         if not path.exists():
             return None
         try:
-            with safe_open(path, "pt") as file, torch.no_grad():
+            with safe_open(path, "pt") as file:
                 found = {key: file.get_tensor(key) for key in file.keys()}
                 metadata = file.metadata()
             for name, parameter in named.items():
-                with torch.no_grad():
-                    parameter.copy_(found[f"parameter/{name}"])
+                put(parameter, found[f"parameter/{name}"])
+                moments = {moment: found[f"{moment}/{name}"] for moment in _MOMENTS}
                 optimizer.state[parameter] = {
-                    m: found[f"{m}/{name}"].to(parameter.device if m != "step" else "cpu")
-                    for m in _MOMENTS
+                    moment: values if moment == "step" else like(parameter, values)
+                    for moment, values in moments.items()
                 }
-            best = {name: found[f"best/{name}"] for name in named}
+            best = {name: like(p, found[f"best/{name}"]) for name, p in named.items()}
             curve = tuple(Point(**entry) for entry in json.loads(metadata["curve"]))
             return State(int(metadata["step"]), curve, 0.0, best)
         except (SafetensorError, OSError, KeyError, ValueError, TypeError, RuntimeError) as error:

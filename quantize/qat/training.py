@@ -17,6 +17,7 @@ from ..windows import Windows
 from .model import Decoder, Output
 from .state import State, Store
 from .text import Stream
+from .workers import Workers, plain, whole
 
 Progress = Callable[[str, int, int], None]
 Say = Callable[[str], None]
@@ -42,15 +43,17 @@ class Point:
 
 @dataclass(frozen=True, slots=True)
 class Trained:
-    """How training went; the student is left in its best state.
+    """How training went.
 
     Attributes:
         steps: taken; fewer than asked for if it stopped early.
+        parameters: of the best point, whole and on the CPU.
     """
 
     curve: tuple[Point, ...]
     best: Point
     steps: int
+    parameters: Mapping[str, Tensor]
 
 
 def train(
@@ -60,6 +63,7 @@ def train(
     held_out: Windows,
     settings: Qat,
     store: Store,
+    workers: Workers,
     progress: Progress,
     say: Say,
 ) -> Trained:
@@ -67,13 +71,14 @@ def train(
 
     Continues from what `store` holds, and saves into it at every evaluation.
     """
-    named = {name: p for name, p in student.named_parameters() if p.requires_grad}
+    named = {name: p for name, p in plain(student).named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(_groups(named, settings), betas=_BETAS, weight_decay=0.0)
     rates = [group["lr"] for group in optimizer.param_groups]
-    expected = [_logits(teacher, part) for part in _parts(held_out, settings.batch)]
+    parts = [ids.to(workers.device) for ids in _parts(held_out, settings.batch)]
+    expected = [_logits(teacher, part) for part in parts]
     state = store.load(named, optimizer)
     if state is None:
-        first = Point(0, None, _held_out_kl(student, held_out, expected, settings.batch))
+        first = Point(0, None, _held_out_kl(student, parts, expected))
         state = State(0, (first,), 0.0, _copied(named))
         say(f"step 0 of {settings.steps}: held-out KL {first.kl:.4f}")
     began, resumed = time.monotonic(), state.step
@@ -81,24 +86,22 @@ def train(
         progress(_STAGE, state.step, settings.steps)
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * _schedule(state.step, settings.steps)
-        ids = torch.from_numpy(stream.batch(state.step, settings.batch))
-        loss = _step(teacher, student, ids, optimizer, settings.hidden_weight)
+        ids = workers.share(stream.batch(state.step, settings.batch))
+        loss = workers.mean(_step(teacher, student, ids, optimizer, settings.hidden_weight))
         state = State(state.step + 1, state.curve, state.loss + loss, state.best)
         if state.step % settings.evaluate_every and state.step < settings.steps:
             continue
-        kl = _held_out_kl(student, held_out, expected, settings.batch)
+        kl = _held_out_kl(student, parts, expected)
         since = state.step - state.curve[-1].step
         curve = (*state.curve, Point(state.step, state.loss / since, kl))
         best = _copied(named) if curve[-1] == _best(curve) else state.best
         state = State(state.step, curve, 0.0, best)
-        store.save(state, named, optimizer)
+        store.save(state, named, optimizer, workers)
         each = (time.monotonic() - began) / (state.step - resumed)
         say(_line(curve, settings.steps, each * (settings.steps - state.step)))
     progress(_STAGE, settings.steps, settings.steps)
-    with torch.no_grad():
-        for name, values in state.best.items():
-            named[name].copy_(values)
-    return Trained(state.curve, _best(state.curve), state.step)
+    best = {name: whole(values) for name, values in state.best.items()}
+    return Trained(state.curve, _best(state.curve), state.step, best)
 
 
 def _groups(named: Mapping[str, nn.Parameter], settings: Qat) -> list[dict[str, object]]:
@@ -161,11 +164,11 @@ def _logits(decoder: Decoder, ids: Tensor) -> Tensor:
     return found.logits
 
 
-def _held_out_kl(student: Decoder, windows: Windows, expected: list[Tensor], batch: int) -> float:
+def _held_out_kl(student: Decoder, parts: list[Tensor], expected: list[Tensor]) -> float:
     total = 0.0
-    for ids, wanted in zip(_parts(windows, batch), expected, strict=True):
+    for ids, wanted in zip(parts, expected, strict=True):
         total += len(ids) * divergence(wanted, _logits(student, ids)).item()
-    return total / len(windows.ids)
+    return total / sum(map(len, parts))
 
 
 def _best(curve: tuple[Point, ...]) -> Point:
