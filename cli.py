@@ -25,6 +25,7 @@ from .terminal.options import (
     quantize_options,
     source_options,
     text_options,
+    training_options,
 )
 
 
@@ -171,6 +172,8 @@ def export(
     from .shipping import forecast
     from .terminal import fitted, views
 
+    names = {"preset": "preset", "gguf_type": "preset", "method": "method", "grid": "patterns"}
+    stated = {key for flag, key in names.items() if flags.get(flag)}
     recipe = _recipe(**flags, targets=target)
     if dry_run:
         with console.progress(quiet) as progress:
@@ -186,6 +189,7 @@ def export(
             recipe,
             offline=offline,
             quantized=Path(quantized) if quantized else None,
+            stated=stated,
             validate=not no_validate,
             progress=progress,
             fitted=(lambda found: None) if as_json else fitted.fit,
@@ -241,6 +245,54 @@ def quantize(
         _print_json(quantized)
     else:
         print(f"{output}  {quantized['weights_digest']}")
+
+
+@cli.command()
+@source_options
+@quantize_options
+@training_options
+@click.option("-o", "--output", required=True, type=click.Path(), help="The new folder.")
+@click.option("--restart", is_flag=True, help="Begin anew where a run was stopped.")
+@output_options
+def qat(
+    offline: bool,
+    output: str,
+    restart: bool,
+    as_json: bool,
+    quiet: bool,
+    debug: bool,
+    **flags: Any,
+) -> None:
+    """Train MODEL on the grid that ships, and write its quantized checkpoint for exports.
+
+    Codes and scales are learned from the full-precision model's own logits. A run that was stopped
+    goes on with the same command.
+
+    
+    slimport qat ./model --preset int2 --train train.txt -o model-int2
+    slimport export ./model --quantized model-int2 --target android
+    """
+    from . import pipeline
+
+    recipe = _recipe(**flags)
+    quiet = quiet or os.environ.get("RANK", "0") != "0"  # of torchrun's processes the first speaks
+    with console.progress(quiet) as progress:
+        trained = pipeline.qat(
+            recipe,
+            Path(output),
+            offline=offline,
+            restart=restart,
+            progress=progress,
+            say=console.said(quiet),
+        )
+    if trained is None:
+        return
+    if as_json:
+        _print_json(trained)
+    else:
+        best = trained["training"]["best"]
+        print(f"{output}  {trained['weights_digest']}")
+        print(f"held-out KL {best['kl']:.4f} at step {best['step']}")
 
 
 @cli.command()

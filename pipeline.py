@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -21,15 +21,15 @@ from .errors import BadInput, SlimportError, Unsupported, UsageError, Validation
 from .export.container import Base, Container
 from .quantize import imatrix, quantizer, store
 from .quantize.imatrix import Imatrix
-from .quantize.plan import Plan
+from .quantize.plan import FLOAT, TRAINED, Plan
 from .quantize.store import Origin, QuantizedCheckpoint
 from .quantize.tensor import weights_digest
 from .quantize.windows import Windows
 from .recipe import Recipe
-from .shipping import containers, fit, shipment
+from .shipping import containers, fit, shipment, training
 from .shipping.fit import Fit
 from .shipping.shipment import Job, make_job, make_jobs, plan_jobs, refuse_plan
-from .shipping.source import Source, open_source, plan_of
+from .shipping.source import Source, open_source, origin_of, plan_of
 from .shipping.texts import Texts, read_texts
 from .targets.target import Limit, Target, load_target
 from .validation import budget, report
@@ -51,6 +51,7 @@ def export(
     *,
     offline: bool = False,
     quantized: Path | None = None,
+    stated: Collection[str] = (),
     validate: bool = True,
     progress: Progress = _silent,
     fitted: Callable[[Fit], None] = _unseen,
@@ -58,7 +59,10 @@ def export(
     """Quantize once, then pack, judge and write one bundle per target; returns their folders.
 
     Args:
-        quantized: start from this quantized checkpoint of the recipe's model and adapters.
+        quantized: start from this quantized checkpoint of the recipe's model and adapters; its
+            plan stands in place of the recipe's.
+        stated: which of preset, method and patterns were asked for, and must be those of such a
+            checkpoint.
         fitted: called with the plan that a search found, before anything is made by it.
 
     Raises:
@@ -67,8 +71,11 @@ def export(
     source = open_source(recipe, offline=offline)
     if recipe.fit.is_wanted:
         return _export_fitted(recipe, source, quantized, validate, progress, fitted)
-    plan = plan_of(recipe, source)
-    ready = None if quantized is None else _same_origin(source, plan, quantized)
+    ready = None if quantized is None else _same_origin(source, quantized)
+    if ready is not None:
+        _refuse_other_plan(ready, recipe, source, stated)
+        recipe = _as_quantized(recipe, ready.plan)
+    plan = plan_of(recipe, source) if ready is None else ready.plan
     jobs = plan_jobs(recipe, source, plan)
     with bundle.work_folder(recipe.output) as work:
         calibrate = (plan.calibrated and ready is None) or any(
@@ -156,33 +163,51 @@ def _export_fitted(
         return _build(jobs, recipe, source, ready, texts, work, progress, found)
 
 
-def _origin(source: Source) -> Origin:
-    merged = source.adapters if source.mode == "merged" else ()
-    return Origin(
-        name=source.name,
-        base=source.checkpoint.digest(),
-        adapters={entry.name: adapter.digest() for entry, adapter in merged},
-        scales={entry.name: entry.scale for entry, _ in merged},
-    )
-
-
-def _same_origin(source: Source, plan: Plan, folder: Path) -> QuantizedCheckpoint:
-    """A quantized checkpoint, if it was made from this source by this plan."""
+def _same_origin(source: Source, folder: Path) -> QuantizedCheckpoint:
+    """A quantized checkpoint, if it was made from this source."""
     found = QuantizedCheckpoint.open(folder)
-    wanted = _origin(source)
+    wanted = origin_of(source)
     if replace(found.origin, name=wanted.name) != wanted:
         raise BadInput(
             f"{folder} was not quantized from {source.name} with these adapters",
             "its base, its adapters or their scales are others",
             "give the model and adapters that it was made from, or quantize again",
         )
-    if found.plan != plan:
-        raise UsageError(
-            f"{folder} was quantized by another plan",
-            f"its preset is {found.plan.preset}; this recipe chooses other grids or methods",
-            "give the same preset, method and grids as to `slimport quantize`, or quantize again",
-        )
     return found
+
+
+def _refuse_other_plan(
+    found: QuantizedCheckpoint, recipe: Recipe, source: Source, stated: Collection[str]
+) -> None:
+    """Raise UsageError if what was asked for is not what a checkpoint holds."""
+    asked, cure = recipe.quantize, "leave it away: --quantized brings its own grids and methods"
+    if "method" in stated and not found.plan.uses(asked.method):
+        methods = ", ".join(sorted({choice.method for choice in found.plan.quantized}))
+        why = f"its methods are {methods}"
+        raise UsageError(f"{found.folder} was not quantized by method {asked.method}", why, cure)
+    if not {"preset", "patterns"} & {*stated}:
+        return
+    if asked.method == TRAINED:
+        recipe = recipe.override(method="gptq")
+    wanted = {choice.weight.name: choice.grid for choice in plan_of(recipe, source).choices}
+    for choice in found.plan.choices:
+        if choice.grid != wanted[choice.weight.name]:
+            held = choice.grid.name if choice.grid else FLOAT
+            raise UsageError(
+                f"{found.folder} was quantized to other grids than those given here",
+                f"its preset is {found.plan.preset}, and {choice.weight.name} is {held}",
+                cure,
+            )
+
+
+def _as_quantized(recipe: Recipe, plan: Plan) -> Recipe:
+    """A recipe as the manifest records it: with the preset and method that a plan was made by."""
+    linears = (choice.method for choice in plan.quantized if choice.weight.is_linear)
+    method = next(linears, recipe.quantize.method)
+    if (recipe.quantize.preset, recipe.quantize.method) == (plan.preset, method):
+        return recipe
+    given = replace(recipe.quantize, preset=plan.preset, method=method, patterns={})
+    return replace(recipe, quantize=given)
 
 
 def _quantize(
@@ -193,7 +218,7 @@ def _quantize(
     progress: Progress,
 ) -> QuantizedCheckpoint:
     with ThreadPoolExecutor(1) as pool:
-        origin = pool.submit(_origin, source)
+        origin = pool.submit(origin_of, source)
         return quantizer.quantize(
             source.weights,
             source.config,
@@ -233,6 +258,43 @@ def quantize(
         "float_digest": quantized.float_digest,
         "errors": dict(quantized.errors),
         "layers": dict(quantized.layers),
+    }
+
+
+def qat(
+    recipe: Recipe,
+    output: Path,
+    *,
+    offline: bool = False,
+    restart: bool = False,
+    progress: Progress = _silent,
+    say: Callable[[str], None] = lambda line: None,
+) -> dict[str, Any] | None:
+    """Train a recipe's model on its grids and write the quantized checkpoint; returns its record.
+
+    A run that was killed goes on where it was saved last, to the same bytes. Of torchrun's
+    processes all call it, the first writes, and the others get None.
+
+    Args:
+        restart: begin anew in place of that.
+        say: called with a line for every measurement on held-out text.
+
+    Raises:
+        UsageError: no training text, `output` holds something else, or another run was killed
+            there or is writing it.
+    """
+    store.refuse_foreign(output)
+    prepared = training.prepare(recipe, offline=offline)
+    done = training.train(prepared, output, restart=restart, progress=progress, say=say)
+    if done is None:
+        return None
+    trained, found = done
+    return {
+        "schema": "slimport.qat/1",
+        "name": trained.name,
+        "weights_digest": trained.weights_digest,
+        "float_digest": trained.float_digest,
+        "training": found,
     }
 
 

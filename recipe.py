@@ -17,6 +17,8 @@ from .settings import (
     METRICS,
     Place,
     Reader,
+    amount,
+    count,
     limit_of,
     names,
     number,
@@ -89,9 +91,51 @@ class Fit:
 
 
 @dataclass(frozen=True, slots=True)
-class Texts:
-    """Plain text or JSONL files; None: sampled from the full-precision model."""
+class Qat:
+    """Quantization-aware training. Rates are in units of a code's step, whatever the model.
 
+    Attributes:
+        steps: of the optimizer, at most.
+        batch, train_length: windows of text in a step, tokens in each.
+        learning_rate, scale_learning_rate: of weights and of their scales.
+        norm_learning_rate: of norms and biases; 0: they stay as they are.
+        hidden_weight: of the distance between hidden states, beside KL on logits; 0: none.
+        train_tables: whether embedding and head train too.
+        evaluate_every: steps between two measurements on held-out text; each is saved.
+        held_out_windows: windows of the end of the text, kept for them.
+        patience: measurements without a gain after which training stops.
+        seed: of the order of windows.
+        recompute: whether layers are computed again in the backward pass: less memory, a third
+            more time.
+        shard: whether the processes of torchrun share the parameters (FSDP), or each has them all.
+        device: "cpu", "cuda", or "auto": a GPU if there is one.
+    """
+
+    steps: int = 400
+    batch: int = 8
+    train_length: int = 256
+    learning_rate: float = 0.02
+    scale_learning_rate: float = 0.002
+    norm_learning_rate: float = 0.0
+    hidden_weight: float = 0.0
+    train_tables: bool = False
+    evaluate_every: int = 50
+    held_out_windows: int = 16
+    patience: int = 4
+    seed: int = 0
+    recompute: bool = False
+    shard: bool = False
+    device: str = "auto"
+
+
+@dataclass(frozen=True, slots=True)
+class Texts:
+    """Plain text or JSONL files; None: sampled from the full-precision model.
+
+    `train` alone is never sampled: quantization-aware training needs a text.
+    """
+
+    train: Path | None = None
     calibration: Path | None = None
     eval: Path | None = None
     eval_ood: Path | None = None
@@ -138,6 +182,7 @@ class Recipe:
     adapter_mode: str = "merged"
     quantize: Quantize = field(default_factory=Quantize)
     fit: Fit = field(default_factory=Fit)
+    qat: Qat = field(default_factory=Qat)
     texts: Texts = field(default_factory=Texts)
     validate: Validate = field(default_factory=Validate)
     budgets: Mapping[str, float] = field(default_factory=dict)
@@ -169,12 +214,13 @@ class Recipe:
     def to_json(self) -> dict[str, Any]:
         """What the manifest records: no local paths, only the last component of each."""
         table = asdict(self)
-        del table["source"], table["output"]
+        del table["source"], table["output"], table["qat"]  # of training: in training.json
+        del table["texts"]["train"]
         return table | {
             "model": Path(self.model).name if self.model and self.model_is_local else self.model,
             "targets": [Path(target).name for target in self.targets],
             "adapters": {adapter.name: {"scale": adapter.scale} for adapter in self.adapters},
-            "texts": {name: path and path.name for name, path in asdict(self.texts).items()},
+            "texts": {name: path and path.name for name, path in table["texts"].items()},
             "quantize": table["quantize"]
             | {"imatrix": self.quantize.imatrix and self.quantize.imatrix.name},
             "fit": table["fit"]
@@ -228,6 +274,11 @@ def _from_text(words: str, reader: Reader, variable: str) -> Any:
             return int(words)
         except ValueError:
             raise wrong(Place(variable, Path()), words, "a whole number above zero") from None
+    if reader in (amount, count):
+        try:
+            return float(words) if reader is amount else int(words)
+        except ValueError:
+            raise wrong(Place(variable, Path()), words, "a number, 0 or more") from None
     return words
 
 
@@ -317,6 +368,12 @@ def _adapter_mode(value: Any, place: Place) -> str:
     return str(value)
 
 
+def _device(value: Any, place: Place) -> str:
+    if value not in ("auto", "cpu", "cuda"):
+        raise wrong(place, value, '"auto", "cpu" or "cuda"')
+    return str(value)
+
+
 def _targets(value: Any, place: Place) -> tuple[str, ...]:
     return tuple(
         str(_existing(name, place)) if name.endswith(".toml") else name
@@ -337,7 +394,7 @@ _ROOT: dict[str, Reader] = {
     "adapter_mode": _adapter_mode,
     "budgets": _budgets,
 }
-_SECTIONS: dict[str, tuple[type[Quantize | Fit | Texts | Validate], dict[str, Reader]]] = {
+_SECTIONS: dict[str, tuple[type[Quantize | Fit | Qat | Texts | Validate], dict[str, Reader]]] = {
     "quantize": (
         Quantize,
         {
@@ -360,7 +417,30 @@ _SECTIONS: dict[str, tuple[type[Quantize | Fit | Texts | Validate], dict[str, Re
             "sensitivities": _path,
         },
     ),
-    "texts": (Texts, {"calibration": _existing, "eval": _existing, "eval_ood": _existing}),
+    "qat": (
+        Qat,
+        {
+            "steps": whole,
+            "batch": whole,
+            "train_length": whole,
+            "learning_rate": amount,
+            "scale_learning_rate": amount,
+            "norm_learning_rate": amount,
+            "hidden_weight": amount,
+            "train_tables": switch,
+            "evaluate_every": whole,
+            "held_out_windows": whole,
+            "patience": whole,
+            "seed": count,
+            "recompute": switch,
+            "shard": switch,
+            "device": _device,
+        },
+    ),
+    "texts": (
+        Texts,
+        {"train": _existing, "calibration": _existing, "eval": _existing, "eval_ood": _existing},
+    ),
     "validate": (
         Validate,
         {"windows": whole, "window_length": whole, "prompts": names, "pairs": whole},
@@ -442,7 +522,25 @@ targets = ["android"]                 # `slimport targets` lists them; or the pa
 # grids = ["Q3_K", "Q4_K", "Q6_K"]    # choose among these alone
 # sensitivities = "sensitivities.json"  # keeps what was measured, for the next search
 
+# [qat]                               # `slimport qat`: training on the grid that ships
+# steps = 400
+# batch = 8                           # windows of text in a step
+# train_length = 256                  # tokens in each
+# learning_rate = 0.02                # in steps between two codes
+# scale_learning_rate = 0.002         # of the scales
+# norm_learning_rate = 0.0            # of norms and biases; 0: they stay as they are
+# hidden_weight = 0.0                 # of hidden states, beside KL on logits
+# train_tables = false                # embedding and head too
+# evaluate_every = 50                 # steps between measurements on held-out text
+# held_out_windows = 16               # of the end of the training text
+# patience = 4                        # measurements without a gain, then it stops
+# seed = 0
+# recompute = false                   # less memory, a third more time
+# shard = false                       # of torchrun's processes: each holds a part (FSDP)
+# device = "auto"                     # a GPU if there is one; or "cpu", "cuda"
+
 # [texts]                             # plain text or JSONL; without them the model writes its own
+# train = "texts/train.txt"           # for `slimport qat`
 # calibration = "texts/train.txt"
 # eval = "texts/held_out.txt"
 # eval_ood = "texts/out_of_distribution.txt"

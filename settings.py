@@ -131,6 +131,21 @@ def number(value: Any, place: Place) -> float:
     return float(value)
 
 
+def amount(value: Any, place: Place) -> float:
+    """A number, 0 or more."""
+    found = number(value, place)
+    if found < 0:
+        raise wrong(place, value, "a number, 0 or more")
+    return found
+
+
+def count(value: Any, place: Place) -> int:
+    """A whole number, 0 or more."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise wrong(place, value, "a whole number, 0 or more")
+    return value
+
+
 def names(value: Any, place: Place) -> tuple[str, ...]:
     if not isinstance(value, list | tuple) or not value:
         raise wrong(place, value, "a list of texts")

@@ -141,7 +141,7 @@ def _mix(
         )
     scores = capped(query @ key.mT * config.attention_scale, config.attention_softcap)
     if seen is None:
-        seen = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
+        seen = torch.ones_like(scores[0, 0], dtype=torch.bool).tril()
     return scores.masked_fill(~seen, -math.inf).softmax(-1) @ value
 
 

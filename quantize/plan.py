@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from math import prod
 from types import MappingProxyType
@@ -38,6 +38,7 @@ CANDIDATES = ("rtn", "hqq", "gptq", "autoround", "imatrix")
 BY_LAYERS = ("gptq", "autoround", "auto")  # these need how inputs vary together
 _LEARNT = ("autoround", "auto")  # these measure on windows that are kept from the others
 GIVEN = "given"  # as whoever quantized the checkpoint chose its codes; not a method to ask for
+TRAINED = "qat"  # as `slimport qat` trained its codes; no plan is made with it
 _INSTEAD = "instead of"
 _NO_PATTERNS: Mapping[str, str] = MappingProxyType({})
 
@@ -73,7 +74,7 @@ class Choice:
 
     Attributes:
         grid: None: the weight stays float (float16 in containers, float32 if it is 1-D).
-        method: one of METHODS, or GIVEN, or "" where grid is None.
+        method: one of METHODS, GIVEN or TRAINED, or "" where grid is None.
         reason: where the choice comes from, for people.
     """
 
@@ -119,6 +120,16 @@ class Plan:
     def uses(self, method: str) -> bool:
         """Whether a weight is quantized by `method`."""
         return any(choice.method == method for choice in self.choices)
+
+    def trained(self, names: Collection[str]) -> Plan:
+        """This plan, after these weights were trained."""
+        return replace(
+            self,
+            choices=tuple(
+                replace(choice, method=TRAINED) if choice.weight.name in names else choice
+                for choice in self.choices
+            ),
+        )
 
     @property
     def fallbacks(self) -> dict[str, list[str]]:
@@ -194,6 +205,12 @@ def make_plan(
             f"preset {preset!r} is not known",
             f"the presets are {', '.join(PRESETS)}, and llama.cpp's {', '.join(MIXES)}",
             "choose one of them, or set grids by pattern",
+        )
+    if method == TRAINED:
+        raise UsageError(
+            "an export does not train by itself",
+            "method qat is a training run of its own, which writes a quantized checkpoint",
+            "run `slimport qat MODEL --train FILE -o FOLDER`, then export with --quantized FOLDER",
         )
     if method not in METHODS:
         raise UsageError(
@@ -398,7 +415,7 @@ def _read(weight: Weight, entry: Mapping[str, Any]) -> Choice:
         weight.is_matrix and grid.fits((weight.shape[0], weight.shape[1]))
     ):
         raise ValueError(f"{weight.name} of shape {weight.shape} cannot be on {name}")
-    if method not in ((*METHODS, GIVEN) if grid else ("",)):
+    if method not in ((*METHODS, GIVEN, TRAINED) if grid else ("",)):
         raise ValueError(f"{weight.name} has grid {name} and method {method!r}")
     return Choice(weight, grid, method, str(entry["reason"]))
 

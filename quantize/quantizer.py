@@ -115,16 +115,20 @@ def restore(
     tokenizer_folder: Path,
     origin: Origin | None = None,
     calibration: str | None = None,
+    originals: Weights | None = None,
 ) -> QuantizedCheckpoint:
     """Write weights that are quantized already, such as those read back from a container.
 
     Args:
-        tensors: every weight of the plan, in its order. Their errors are not known.
-        calibration: digest of the windows that they were calibrated on.
+        tensors: every weight of the plan, in its order.
+        calibration: digest of the text that they were calibrated or trained on.
+        originals: their full-precision weights; without them their errors are not known.
     """
     origin = origin or Origin()
     with store.filling(folder):
-        records = _write(_restored(tensors), plan, folder, lambda stage, done, total: None)
+        records = _write(
+            _restored(tensors, originals), plan, folder, lambda stage, done, total: None
+        )
         with store.writing(folder):
             store.write_metadata(
                 folder, config, plan, origin, calibration, records, tokenizer_folder
@@ -132,9 +136,13 @@ def restore(
     return QuantizedCheckpoint.open(folder)
 
 
-def _restored(tensors: Iterable[tuple[str, Quantized | Float32]]) -> Iterator[_Block]:
+def _restored(
+    tensors: Iterable[tuple[str, Quantized | Float32]], originals: Weights | None
+) -> Iterator[_Block]:
     for name, tensor in tensors:
-        if isinstance(tensor, BlockTensor):
+        if originals is not None and not isinstance(tensor, np.ndarray):
+            yield _quantized_block(name, originals.rows(name), tensor)
+        elif isinstance(tensor, BlockTensor):
             blocks = np.ascontiguousarray(tensor.blocks)
             yield _Block(name, math.prod(tensor.shape), blocks, blocks)
         elif isinstance(tensor, QuantizedTensor | PaletteTensor):
@@ -274,7 +282,7 @@ def _by_rows(
 def _carried(weights: Weights, choice: Choice) -> _Block:
     """A whole weight with the codes that it came with."""
     assert isinstance(weights, Given), "only they are planned so"
-    (block,) = _restored([(choice.weight.name, weights.load(choice.weight.name))])
+    (block,) = _restored([(choice.weight.name, weights.load(choice.weight.name))], None)
     return block
 
 

@@ -4,7 +4,8 @@ A shard per decoder layer, `model-00001-of-00024.safetensors`; in it `<weight>.c
 and `<weight>.scale` (float16, exact; float32 where the grid's scales have more bits), with zero
 points also `<weight>.zero_point` (both without a sign, packed alike), of a palettized grid codes
 without a sign and `<weight>.levels` (float16, exact), or `<weight>.blocks` of a ggml type, and
-float weights as float32 under their own names.
+float weights as float32 under their own names. Of a trained one training.json says how it was
+trained.
 Config, tokenizer and licence files lie beside them.
 """
 
@@ -37,6 +38,7 @@ from .tensor import QuantizedTensor, start_digest, weights_digest
 
 SCHEMA = "slimport.quantized/1"
 QUANTIZATION = "quantization.json"
+TRAINING = "training.json"
 
 Shard = tuple[Choice, ...]
 Append = Callable[[bytes | memoryview], None]
@@ -152,6 +154,12 @@ class QuantizedCheckpoint:
     def errors(self) -> Mapping[str, float]:
         """Relative RMSE by name, of every quantized weight."""
         return {c.weight.name: self.records[c.weight.name].error for c in self.plan.quantized}
+
+    @property
+    def training(self) -> dict[str, Any] | None:
+        """The record of `slimport qat`; None: nothing was trained."""
+        path = self.folder / TRAINING
+        return read_json(path) if path.exists() else None
 
     def names(self) -> tuple[str, ...]:
         """Source names in the order of the forward pass."""

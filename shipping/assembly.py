@@ -101,6 +101,7 @@ def inputs(
         ],
         "calibration": quantized.calibration,
         "judged_on": dict(judged_on),
+        **({} if quantized.training is None else {"training": quantized.training}),
     }
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from ..errors import Unsupported, UsageError
 from ..quantize.allocation import Allocation, Option, least_loss, least_size
+from ..quantize.given import Given
 from ..quantize.plan import PRESETS, Choice, Plan, make_plan
 from ..quantize.store import QuantizedCheckpoint
 from ..quantize.windows import Windows, windows_of
@@ -107,6 +108,12 @@ class Search:
                 "the grids of a reward model cannot be searched",
                 "losses are those of the probabilities of tokens, and it has none",
                 "choose a preset: --preset int4 or --preset int8",
+            )
+        if isinstance(source.weights, Given):
+            raise Unsupported(
+                f"the grids of {source.name} cannot be searched",
+                "it is quantized already, and other grids would quantize it twice",
+                "give the full-precision model, or leave the limits of [fit] away",
             )
         self.recipe, self.source, self.jobs = recipe, source, jobs
         self._limited = _limited(recipe, jobs)

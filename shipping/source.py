@@ -19,6 +19,7 @@ from ..checkpoint import Checkpoint, Weights
 from ..errors import Unsupported, UsageError
 from ..quantize.given import Given, open_given
 from ..quantize.plan import Plan, keep_given, make_plan
+from ..quantize.store import Origin
 from ..recipe import AdapterSource, Recipe
 from ..tokenizer.tokenizer import Tokenizer
 
@@ -115,6 +116,17 @@ def _refuse_overflow(entry: AdapterSource, adapter: Adapter) -> None:
                 f"its update of {name} is beyond float32",
                 "give a smaller scale: --adapter NAME=PATH:SCALE",
             )
+
+
+def origin_of(source: Source) -> Origin:
+    """What is quantized, for the record: hashes the base."""
+    merged = source.adapters if source.mode == "merged" else ()
+    return Origin(
+        name=source.name,
+        base=source.checkpoint.digest(),
+        adapters={entry.name: adapter.digest() for entry, adapter in merged},
+        scales={entry.name: entry.scale for entry, _ in merged},
+    )
 
 
 def plan_of(recipe: Recipe, source: Source) -> Plan:

@@ -31,6 +31,13 @@ def progress(quiet: bool) -> Iterator[Progress]:
         yield _logged(_lines())
 
 
+def said(quiet: bool) -> Callable[[str], None]:
+    """A callback that prints a line to stderr, above the bars if there are some."""
+    if quiet:
+        return log.say
+    return lambda line: print(line, file=sys.stderr, flush=True)
+
+
 def _logged(shown: Progress) -> Progress:
     """As `shown`, with the first sign of each stage in the user's log."""
     seen: set[str] = set()

@@ -101,6 +101,15 @@ fit_options = _options(
         help="Keeps what a search measures: read if it is there, else written.",
     ),
 )
+training_options = _options(
+    click.option("--train", type=click.Path(), help="Text to train on."),
+    click.option("--steps", type=int, help="Of the optimizer, at most."),
+    click.option("--batch", type=int, help="Windows of text in a step."),
+    click.option("--train-length", type=int, help="Tokens in each."),
+    click.option("--learning-rate", type=float, help="Of the weights, in steps between codes."),
+    click.option("--evaluate-every", type=int, help="Steps between two measurements."),
+    click.option("--seed", type=int, help="Of the order of the text."),
+)
 text_options = _options(
     click.option(
         "--eval",

@@ -1,0 +1,1 @@
+"""Quantization-aware training: codes and scales learned on the very grid that ships."""
