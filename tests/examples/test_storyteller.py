@@ -188,7 +188,11 @@ def short_build(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 @pytest.mark.filterwarnings("ignore:Could not find a config file:UserWarning")
-@pytest.mark.parametrize("committed", [False, True], ids=["4-steps", "committed"])
+@pytest.mark.parametrize(
+    "committed",
+    [pytest.param(False, marks=pytest.mark.slow), True],  # three minutes of a CPU
+    ids=["4-steps", "committed"],
+)
 def test_every_artifact_is_there_and_loads(committed, request):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
