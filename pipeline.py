@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +20,7 @@ from .architectures import DecoderConfig, decoder_config
 from .checkpoint import read_json
 from .errors import BadInput, SlimportError, Unsupported, UsageError, ValidationFailed, worst
 from .export.container import Base, Container
-from .quantize import imatrix, quantizer, store
+from .quantize import imatrix, quantizer, store, written
 from .quantize.imatrix import Imatrix
 from .quantize.plan import Plan
 from .quantize.store import Origin, QuantizedCheckpoint
@@ -122,6 +123,12 @@ def _export_fitted(
             f"the grids of {quantized} are chosen already",
             "leave --quantized away, or --fit, --fit-memory and --max-kl",
         )
+    if source.given is not None:
+        raise UsageError(
+            f"grids of {source.name} cannot be searched",
+            f"{source.given.maker} chose them, and nothing is quantized twice",
+            "leave --fit, --fit-memory and --max-kl away, or give the full-precision model",
+        )
     jobs = make_jobs(recipe, source)
     search = fit.Search(recipe, source, jobs)
     with bundle.work_folder(recipe.output) as work:
@@ -213,23 +220,44 @@ def _quantize(
 
 
 def quantize(
-    recipe: Recipe, output: Path, *, offline: bool = False, progress: Progress = _silent
+    recipe: Recipe,
+    output: Path,
+    *,
+    format: str | None = None,
+    offline: bool = False,
+    progress: Progress = _silent,
 ) -> dict[str, Any]:
     """Write the quantized checkpoint of a recipe's model to `output`; returns its record.
 
+    Args:
+        format: one of quantize.written.NAMES, for transformers; None: slimport's own.
+
     Raises:
         UsageError: `output` holds something else, or another run is writing it.
+        Unsupported: the format does not hold a grid.
     """
-    store.refuse_foreign(output)
+    if format is None:
+        store.refuse_foreign(output)
+    else:
+        written.refuse_existing(output)
     source = open_source(recipe, offline=offline)
     plan = plan_of(recipe, source)
+    if format is not None:
+        plan = written.float_tables(plan)
+        written.refuse(format, plan)
     texts = read_texts(recipe, source, calibrate=plan.calibrated, validate=False, progress=progress)
     with bundle.replacing(output) as partial:
-        quantized = _quantize(source, plan, texts.calibration, partial, progress)
+        codes = partial if format is None else partial / "codes"
+        quantized = _quantize(source, plan, texts.calibration, codes, progress)
+        digest = quantized.weights_digest
+        if format is not None:
+            digest = written.write(format, quantized, partial)
+            shutil.rmtree(codes)
     return {
         "schema": "slimport.quantize/1",
         "name": quantized.name,
-        "weights_digest": quantized.weights_digest,
+        "format": format or "slimport",
+        "weights_digest": digest,
         "float_digest": quantized.float_digest,
         "errors": dict(quantized.errors),
     }
