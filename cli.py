@@ -231,16 +231,29 @@ def plan(
 @source_options
 @quantize_options
 @click.option("-o", "--output", required=True, type=click.Path(), help="The new folder.")
+@click.option(
+    "--format",
+    type=click.Choice(["gptq", "bitsandbytes", "bitsandbytes-double"]),
+    help="A checkpoint for transformers in place of slimport's own; tables stay float16.",
+)
 @output_options
 def quantize(
-    offline: bool, output: str, as_json: bool, quiet: bool, debug: bool, **flags: Any
+    offline: bool,
+    output: str,
+    format: str | None,
+    as_json: bool,
+    quiet: bool,
+    debug: bool,
+    **flags: Any,
 ) -> None:
     """Write the quantized checkpoint of MODEL: codes and scales, from which exports can start."""
     from . import pipeline
 
     recipe = _recipe(**flags)
     with console.progress(quiet) as progress:
-        quantized = pipeline.quantize(recipe, Path(output), offline=offline, progress=progress)
+        quantized = pipeline.quantize(
+            recipe, Path(output), format=format, offline=offline, progress=progress
+        )
     if as_json:
         _print_json(quantized)
     else:

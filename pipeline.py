@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +20,7 @@ from .architectures import DecoderConfig, decoder_config
 from .checkpoint import read_json
 from .errors import BadInput, SlimportError, Unsupported, UsageError, ValidationFailed, worst
 from .export.container import Base, Container
-from .quantize import imatrix, quantizer, store
+from .quantize import imatrix, quantizer, store, written
 from .quantize.imatrix import Imatrix
 from .quantize.plan import FLOAT, TRAINED, Plan
 from .quantize.store import Origin, QuantizedCheckpoint
@@ -129,6 +130,12 @@ def _export_fitted(
             f"the grids of {quantized} are chosen already",
             "leave --quantized away, or --fit, --fit-memory and --max-kl",
         )
+    if source.given is not None:
+        raise UsageError(
+            f"grids of {source.name} cannot be searched",
+            f"{source.given.maker} chose them, and nothing is quantized twice",
+            "leave --fit, --fit-memory and --max-kl away, or give the full-precision model",
+        )
     jobs = make_jobs(recipe, source)
     search = fit.Search(recipe, source, jobs)
     with bundle.work_folder(recipe.output) as work:
@@ -231,30 +238,55 @@ def _quantize(
         )
 
 
-def quantize(
-    recipe: Recipe, output: Path, *, offline: bool = False, progress: Progress = _silent
-) -> dict[str, Any]:
-    """Write the quantized checkpoint of a recipe's model to `output`; returns its record.
-
-    Raises:
-        UsageError: `output` holds something else, or another run is writing it.
-    """
-    store.refuse_foreign(output)
+def _refuse_search(recipe: Recipe, verb: str) -> None:
     if recipe.fit.is_wanted:
         raise UsageError(
-            f"{recipe.source} wants grids that fit, and `quantize` cannot search them",
+            f"{recipe.source} wants grids that fit, and `{verb}` cannot search them",
             "sizes are those of containers, and it makes none",
             "run `slimport export`, or remove [fit] and choose a preset",
         )
+
+
+def quantize(
+    recipe: Recipe,
+    output: Path,
+    *,
+    format: str | None = None,
+    offline: bool = False,
+    progress: Progress = _silent,
+) -> dict[str, Any]:
+    """Write the quantized checkpoint of a recipe's model to `output`; returns its record.
+
+    Args:
+        format: one of quantize.written.NAMES, for transformers; None: slimport's own.
+
+    Raises:
+        UsageError: `output` holds something else, or another run is writing it.
+        Unsupported: the format does not hold a grid.
+    """
+    _refuse_search(recipe, "quantize")
+    if format is None:
+        store.refuse_foreign(output)
+    else:
+        written.refuse_existing(output)
     source = open_source(recipe, offline=offline)
     plan = plan_of(recipe, source)
+    if format is not None:
+        plan = written.float_tables(plan)
+        written.refuse(format, plan)
     texts = read_texts(recipe, source, calibrate=plan.calibrated, validate=False, progress=progress)
     with bundle.replacing(output) as partial:
-        quantized = _quantize(source, plan, texts.calibration, partial, progress)
+        codes = partial if format is None else partial / "codes"
+        quantized = _quantize(source, plan, texts.calibration, codes, progress)
+        digest = quantized.weights_digest
+        if format is not None:
+            digest = written.write(format, quantized, partial)
+            shutil.rmtree(codes)
     return {
         "schema": "slimport.quantize/1",
         "name": quantized.name,
-        "weights_digest": quantized.weights_digest,
+        "format": format or "slimport",
+        "weights_digest": digest,
         "float_digest": quantized.float_digest,
         "errors": dict(quantized.errors),
         "layers": dict(quantized.layers),
@@ -283,6 +315,7 @@ def qat(
         UsageError: no training text, `output` holds something else, or another run was killed
             there or is writing it.
     """
+    _refuse_search(recipe, "qat")
     store.refuse_foreign(output)
     prepared = training.prepare(recipe, offline=offline)
     done = training.train(prepared, output, restart=restart, progress=progress, say=say)

@@ -16,11 +16,17 @@ from ...checkpoint import QUANTIZED_KEYS, Checkpoint
 from ...errors import BadInput, Unsupported
 from ..blocks import AnyGrid, Quantized
 from ..grid import Float32
-from . import awq, bitsandbytes, gptq
+from . import awq, bitsandbytes, compressed_tensors, gptq, mlx
 from .entry import FULL_PRECISION, Entry
 
 _FORMATS: Mapping[str, ModuleType] = MappingProxyType(
-    {"gptq": gptq, "awq": awq, "bitsandbytes": bitsandbytes}
+    {
+        "gptq": gptq,
+        "awq": awq,
+        "bitsandbytes": bitsandbytes,
+        "compressed-tensors": compressed_tensors,
+        "mlx": mlx,
+    }
 )
 
 
@@ -81,7 +87,8 @@ def open_given(checkpoint: Checkpoint) -> Given | None:
             f"it is {settings!r:.60}",
             FULL_PRECISION,
         )
-    method = settings.get("quant_method")
+    # MLX names no method, and writes its settings under both keys.
+    method = "mlx" if "quantization" in stated else settings.get("quant_method")
     if not isinstance(method, str) or method not in _FORMATS:
         raise Unsupported(
             f"config.json: the checkpoint is quantized by {method or 'an unnamed method'}"
