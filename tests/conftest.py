@@ -24,6 +24,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers
 from tokenizers import pre_tokenizers as pre
 from tokenizers.processors import TemplateProcessing
@@ -40,6 +41,9 @@ from slimport.tokenizer.conformance import TEXTS
 from slimport.validation import worker
 
 torch.set_num_threads(2)
+# A busy machine makes examples slowly, which says nothing of them.
+settings.register_profile("busy", suppress_health_check=[HealthCheck.too_slow], deadline=None)
+settings.load_profile("busy")
 # A shell in the background hands an ignored SIGINT down, to the commands under test too.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 logging.disable_progress_bar()
