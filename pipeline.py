@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from . import bundle
+from .adapters.recovery import refuse_other_codes
 from .architectures import DecoderConfig, decoder_config
 from .checkpoint import read_json
 from .errors import BadInput, SlimportError, Unsupported, UsageError, ValidationFailed, worst
@@ -105,6 +106,8 @@ def _build(
     progress: Progress,
     found: Fit | None = None,
 ) -> list[Path]:
+    for entry, _ in source.adapters:
+        refuse_other_codes(entry.path, entry.name, ready.weights_digest)
     failures: list[SlimportError] = []
     for job in jobs:
         try:

@@ -100,7 +100,9 @@ class Qat:
         learning_rate, scale_learning_rate: of weights and of their scales.
         norm_learning_rate: of norms and biases; 0: they stay as they are.
         hidden_weight: of the distance between hidden states, beside KL on logits; 0: none.
+        train_only: "weights": codes and scales; or "lora": an adapter over codes that stay.
         train_tables: whether embedding and head train too.
+        lora_rank, lora_learning_rate: of that adapter.
         evaluate_every: steps between two measurements on held-out text; each is saved.
         held_out_windows: windows of the end of the text, kept for them.
         patience: measurements without a gain after which training stops.
@@ -118,7 +120,10 @@ class Qat:
     scale_learning_rate: float = 0.002
     norm_learning_rate: float = 0.0
     hidden_weight: float = 0.0
+    train_only: str = "weights"
     train_tables: bool = False
+    lora_rank: int = 16
+    lora_learning_rate: float = 0.001
     evaluate_every: int = 50
     held_out_windows: int = 16
     patience: int = 4
@@ -368,6 +373,12 @@ def _adapter_mode(value: Any, place: Place) -> str:
     return str(value)
 
 
+def _train_only(value: Any, place: Place) -> str:
+    if value not in ("weights", "lora"):
+        raise wrong(place, value, '"weights" or "lora"')
+    return str(value)
+
+
 def _device(value: Any, place: Place) -> str:
     if value not in ("auto", "cpu", "cuda"):
         raise wrong(place, value, '"auto", "cpu" or "cuda"')
@@ -427,7 +438,10 @@ _SECTIONS: dict[str, tuple[type[Quantize | Fit | Qat | Texts | Validate], dict[s
             "scale_learning_rate": amount,
             "norm_learning_rate": amount,
             "hidden_weight": amount,
+            "train_only": _train_only,
             "train_tables": switch,
+            "lora_rank": whole,
+            "lora_learning_rate": amount,
             "evaluate_every": whole,
             "held_out_windows": whole,
             "patience": whole,
@@ -530,6 +544,9 @@ targets = ["android"]                 # `slimport targets` lists them; or the pa
 # scale_learning_rate = 0.002         # of the scales
 # norm_learning_rate = 0.0            # of norms and biases; 0: they stay as they are
 # hidden_weight = 0.0                 # of hidden states, beside KL on logits
+# train_only = "weights"              # or "lora": codes stay, an adapter beside them learns
+# lora_rank = 16
+# lora_learning_rate = 0.001
 # train_tables = false                # embedding and head too
 # evaluate_every = 50                 # steps between measurements on held-out text
 # held_out_windows = 16               # of the end of the training text

@@ -290,13 +290,10 @@ def judged(
     """What was found of a finished container, and golden.json."""
     separate = source.mode == "separate"
     expected = oracle(source)
-    codes = Oracle(
-        quantized.folder,
-        adapter=expected.adapter if separate else None,
-        scale=expected.scale if separate else 1.0,
-        quantized=True,
-        reward=expected.reward,
-    )
+    codes = Oracle(quantized.folder, quantized=True, reward=expected.reward)
+    if separate and source.adapters:
+        entry, _ = source.adapters[0]
+        codes = replace(codes, adapter=entry.path, scale=entry.scale)
     if source.decoder.reward:
         scored = judge_reward(
             RewardCase(

@@ -14,6 +14,7 @@ from ..adapters.adapter import Adapter
 from ..adapters.config import trains_reward
 from ..adapters.lora import read_adapter
 from ..adapters.merge import Merged, merged_config
+from ..adapters.recovery import recovered
 from ..architectures import SCORE, DecoderConfig, check_weights, decoder_config, reward_config
 from ..checkpoint import Checkpoint, Weights
 from ..errors import Unsupported, UsageError
@@ -83,6 +84,12 @@ def open_source(recipe: Recipe, *, offline: bool = False) -> Source:
     )
     for entry, adapter in adapters:
         _refuse_overflow(entry, adapter)
+        if recipe.adapter_mode == "merged" and recovered(entry.path):
+            raise UsageError(
+                f"the adapter {entry.name} cannot be merged",
+                "it repairs the codes that it was trained beside, and merging would change them",
+                "keep it beside them: --adapter-mode separate",
+            )
     if decoder.reward and SCORE not in base.names() and recipe.adapter_mode == "separate":
         raise Unsupported(
             f"the adapter {adapters[0][0].name} cannot stay separate",

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ..adapters.recovery import recovered
 from ..errors import BadInput, UsageError
 from ..quantize import imatrix
 from ..quantize.imatrix import Imatrix
@@ -199,8 +200,11 @@ def _prompts(
 
 
 def oracle(source: Source) -> Oracle:
-    """The full-precision base with the first adapter, as transformers and peft run it."""
-    if not source.adapters:
+    """The full-precision base with the first adapter, as transformers and peft run it.
+
+    Without one that repairs the base's codes: the base itself is what that pair comes back to.
+    """
+    if not source.adapters or recovered(source.adapters[0][0].path):
         return Oracle(source.checkpoint.folder, reward=source.decoder.reward)
     entry, _ = source.adapters[0]
     return Oracle(source.checkpoint.folder, entry.path, entry.scale, reward=source.decoder.reward)

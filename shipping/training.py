@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .. import bundle
+from ..adapters.recovery import write_recovery
 from ..errors import SlimportError, Unsupported, UsageError
 from ..quantize import quantizer
 from ..quantize.plan import TRAINED, Plan
@@ -27,6 +28,7 @@ if TYPE_CHECKING:  # torch is loaded only to train
 
 Progress = Callable[[str, int, int], None]
 Say = Callable[[str], None]
+ADAPTER = "adapter"  # in the quantized checkpoint: a PEFT folder, if LoRA was trained
 _START = "start"  # in the run's state: the quantized checkpoint that training starts from
 
 
@@ -60,6 +62,12 @@ def prepare(recipe: Recipe, *, offline: bool = False) -> Training:
     from ..quantize.qat.run import trainable
     from ..quantize.qat.text import split
 
+    if recipe.fit.is_wanted:
+        raise UsageError(
+            f"{recipe.source} wants grids that fit, and `qat` cannot search them",
+            "sizes are those of containers, and it makes none",
+            "remove [fit] and choose a preset",
+        )
     if recipe.quantize.method == TRAINED:
         recipe = recipe.override(method="gptq")
     settings = recipe.qat
@@ -71,7 +79,13 @@ def prepare(recipe: Recipe, *, offline: bool = False) -> Training:
             "quantize it by another method: --method gptq",
         )
     plan = plan_of(recipe, source)
-    trained = trainable(plan, settings.train_tables)
+    if settings.train_only == "lora" and source.adapters:
+        raise UsageError(
+            "an adapter that repairs codes is trained for a base alone",
+            f"{source.adapters[0][0].name} is given beside it, and a bundle merges one or none",
+            "leave --adapter away; or train the codes of the merged model: --train-only weights",
+        )
+    trained = trainable(plan, settings)
     if recipe.texts.train is None:
         raise UsageError(
             "there is no text to train on",
@@ -100,6 +114,7 @@ def train(
     The caller has checked that what stands at `output` may be replaced. Of several processes the
     first one reads and writes the state; the others get None.
     """
+    from ..quantize.qat.lora import write_adapter
     from ..quantize.qat.run import record
     from ..quantize.qat.state import Store, folder_of, open_store
     from ..quantize.qat.workers import start_workers
@@ -118,16 +133,21 @@ def train(
         result = _run(training, store, workers, progress, say)
         assert result is not None
         found = record(settings, workers.size, training.text, result.trained)
-        quantizer.restore(
+        lora = settings.train_only == "lora"
+        written = quantizer.restore(
             result.tensors(start),
             source.config,
-            training.plan.trained(training.trained),
+            training.plan if lora else training.plan.trained(training.trained),
             partial,
             tokenizer_folder=source.checkpoint.folder,
             origin=origin,
-            calibration=training.text[0].digest,
+            calibration=start.calibration if lora else training.text[0].digest,
             originals=source.weights,
         )
+        if lora:
+            folder = partial / ADAPTER
+            write_adapter(result.made, settings.lora_rank, source.name, folder)
+            write_recovery(folder, written.weights_digest)
         (partial / TRAINING).write_bytes(bundle.canonical_json(found))
     shutil.rmtree(store.folder, ignore_errors=True)
     return QuantizedCheckpoint.open(output), found

@@ -107,6 +107,11 @@ training_options = _options(
     click.option("--batch", type=int, help="Windows of text in a step."),
     click.option("--train-length", type=int, help="Tokens in each."),
     click.option("--learning-rate", type=float, help="Of the weights, in steps between codes."),
+    click.option(
+        "--train-only",
+        type=click.Choice(["weights", "lora"]),
+        help="lora: codes stay as they are, and an adapter beside them learns.",
+    ),
     click.option("--evaluate-every", type=int, help="Steps between two measurements."),
     click.option("--seed", type=int, help="Of the order of the text."),
 )

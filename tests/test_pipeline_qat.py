@@ -12,6 +12,8 @@ import pytest
 
 from slimport.quantize.store import QuantizedCheckpoint
 
+pytestmark = pytest.mark.filterwarnings("ignore")  # peft warns about what transformers renamed
+
 Run = Callable[..., Any]
 QAT = ["--preset", "int2", "--method", "rtn", "--steps", "36", "--batch", "4"]
 QAT += ["--train-length", "32", "--evaluate-every", "12", "--learning-rate", "0.3"]
@@ -177,3 +179,147 @@ def test_norms_train_if_they_may(model: Path, recipe: Path, run: Run, tmp_path: 
     norm = "model.layers.0.input_layernorm.weight"
     moved = np.abs(found.rows(norm) - base.rows(norm)).max()
     assert 0 < moved < 0.05
+
+
+# ---- LoRA recovery ----
+
+
+@pytest.fixture(scope="module")
+def repaired(model: Path, recipe: Path, run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """RTN's codes on int2-g64, and an adapter that repairs them."""
+    folder = tmp_path_factory.mktemp("repaired") / "q"
+    settings = "[qat]\nlora_rank = 8\nlora_learning_rate = 0.01\n"
+    config = recipe.with_name("lora.toml")
+    config.write_text(recipe.read_text() + settings)
+    words = ["--train", recipe.with_name("train.txt"), "--train-only", "lora"]
+    done = run("qat", "--config", config, *QAT, *words, "-o", folder, "--json", "-q")
+    assert done.code == 0, done.err
+    curve = done.json["training"]["curve"]
+    assert done.json["training"]["best"]["kl"] < 0.9 * curve[0]["kl"], curve
+    return folder
+
+
+def test_codes_stay_and_the_adapter_is_judged_beside_them_by_the_base_alone(
+    repaired: Path, model: Path, recipe: Path, run: Run, tmp_path: Path, at_hand: None
+) -> None:
+    done = run("quantize", model, "--preset", "int2", "--method", "rtn", "-o", tmp_path / "q", "-q")
+    assert done.code == 0, done.err
+    plain, beside = (QuantizedCheckpoint.open(folder) for folder in (tmp_path / "q", repaired))
+    assert plain.weights_digest == beside.weights_digest and plain.plan == beside.plan
+    export = ["export", "--config", recipe, "--quantized", repaired, "--json", "-q"]
+    adapter = ["--adapter", f"fix={repaired / 'adapter'}", "--adapter-mode", "separate"]
+    found = {}
+    for name, words in (("alone", []), ("with", adapter)):
+        done = run(*export, *words, "-o", tmp_path / name)
+        assert done.code == 0, done.err
+        (found[name],) = done.json["bundles"]
+    with_fix, alone = (found[name]["accuracy"]["held_out"] for name in ("with", "alone"))
+    assert with_fix["ppl_reference"] == alone["ppl_reference"]  # the base without the adapter
+    assert with_fix["kl_mean"] < 0.9 * alone["kl_mean"]
+    assert found["with"]["errors"]["runtime"]["kl_mean"] < 0.05 * with_fix["kl_mean"]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--adapter-mode", "merged"], "cannot be merged"),
+        (["--adapter-mode", "separate", "--preset", "int4"], "was trained for other codes"),
+    ],
+)
+def test_an_adapter_that_repairs_goes_with_its_codes_alone(
+    words: list[str], said: str, repaired: Path, model: Path, run: Run, tmp_path: Path
+) -> None:
+    given = ["--adapter", f"fix={repaired / 'adapter'}", "--target", "android", "--no-validate"]
+    done = run("export", model, *given, *words, "--method", "rtn", "-o", tmp_path, "-q")
+    assert done.code == 2 and said in done.err, done.err
+
+
+# ---- two bits, trained, in every container ----
+
+
+WIDE = ["--steps", "4", "--batch", "2", "--train-length", "32", "--evaluate-every", "2"]
+EXPECTED = {
+    ("int2-g64", "gguf"): "Q2_0",
+    ("int2-g256", "gguf"): "TQ2_0",
+    ("int2-g64", "onnx"): "1.2",
+    ("int2-g256", "onnx"): "1.2",
+    ("int2-g64", "coreml"): "26",
+    ("int2-g256", "coreml"): "26",
+}
+
+
+@pytest.fixture(scope="module", params=["int2-g64", "int2-g256"])
+def wide(
+    request: pytest.FixtureRequest,
+    make_model: Run,
+    recipe_for: Run,
+    run: Run,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[str, Path, Path]:
+    """Grid, recipe (targets of Android and iOS 26) and trained checkpoint."""
+    grid: str = request.param
+    model = make_model("llama", hidden_size=256, intermediate_size=512)
+    recipe = recipe_for(tmp_path_factory.mktemp("wide"), model)
+    pocket = recipe.with_name("pocket.toml").read_text()
+    recipe.with_name("apple.toml").write_text(pocket.replace("android", "ios26"))
+    text = recipe.with_name("train.txt")
+    folder = recipe.with_name("q")
+    grids = ["--method", "rtn", "--grid", f"model.layers.*={grid}"]
+    done = run("qat", model, *grids, *WIDE, "--train", text, "-o", folder, "-q")
+    assert done.code == 0, done.err
+    return grid, recipe, folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("container", ["gguf", "onnx", "coreml"])
+def test_two_trained_bits_are_judged_in_their_runtime(
+    container: str, wide: tuple[str, Path, Path], run: Run, tmp_path: Path
+) -> None:
+    """The trained codes, bit for bit; what the runtime adds is small beside what 2 bits cost."""
+    grid, recipe, folder = wide
+    target = recipe.with_name("apple.toml" if container == "coreml" else "pocket.toml")
+    words = ["--target", target, "--container", container, "-o", tmp_path, "--json", "-q"]
+    done = run("export", "--config", recipe, "--quantized", folder, *words)
+    assert done.code == 0, done.err
+    (found,) = done.json["bundles"]
+    assert found["errors"]["file"] == {"codes_equal": True}
+    assert found["errors"]["runtime"]["kl_mean"] < 0.05 * found["errors"]["quantization"]["kl_mean"]
+    manifest = json.loads((tmp_path / target.stem / "manifest.json").read_text())
+    assert manifest["weights_digest"] == QuantizedCheckpoint.open(folder).weights_digest
+    minimum = manifest["minimum_runtime"]
+    assert EXPECTED[grid, container] in f"{minimum['version']} {minimum['reason']}", minimum
+    assert run("verify", tmp_path / target.stem).code == 0
+
+
+def test_executorch_refuses_trained_two_bit_layers(
+    trained: Path, recipe: Path, run: Run, tmp_path: Path
+) -> None:
+    words = ["--container", "executorch", "-o", tmp_path / "new", "-q"]
+    done = run("export", "--config", recipe, "--quantized", trained, *words)
+    assert done.code == 5 and "ExecuTorch cannot multiply the grid int2-g64" in done.err, done.err
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.slow
+def test_executorch_takes_a_trained_two_bit_embedding(
+    make_model: Run, recipe_for: Run, run: Run, tmp_path: Path
+) -> None:
+    """An embedding is looked up; layers and head beside it are on grids that it multiplies."""
+    model = make_model("llama", tie_word_embeddings=False)
+    recipe = recipe_for(tmp_path / "r", model)
+    text = recipe.read_text().replace(
+        "[texts]", '[qat]\ntrain_tables = true\n[texts]\ntrain="train.txt"'
+    )
+    recipe.write_text(text)
+    grids = ["--method", "rtn", "--grid", "*embed_tokens*=int2-g64"]
+    done = run("qat", "--config", recipe, *grids, *WIDE, "-o", tmp_path / "q", "-q")
+    assert done.code == 0, done.err
+    plan = QuantizedCheckpoint.open(tmp_path / "q").plan
+    choice = plan["model.embed_tokens.weight"]
+    assert (choice.grid and choice.grid.name, choice.method) == ("int2-g64", "qat")
+    words = ["--container", "executorch", "-o", tmp_path / "dist", "--json", "-q"]
+    done = run("export", "--config", recipe, "--quantized", tmp_path / "q", *words)
+    assert done.code == 0, done.err
+    (found,) = done.json["bundles"]
+    assert found["errors"]["file"] == {"codes_equal": True}
+    assert found["errors"]["runtime"]["kl_mean"] < 0.05 * found["errors"]["quantization"]["kl_mean"]

@@ -23,6 +23,7 @@ from ..store import QuantizedCheckpoint
 from ..tensor import QuantizedTensor
 from ..windows import Windows
 from .fake import FakeQuantized
+from .lora import Recovered
 from .model import Decoder, Plain
 from .state import Store
 from .text import Stream
@@ -59,13 +60,16 @@ class Result:
                 yield name, start.load(name)
 
 
-def trainable(plan: Plan, tables: bool) -> frozenset[str]:
-    """Names of the weights that train on their grids.
+def trainable(plan: Plan, settings: Qat) -> frozenset[str]:
+    """Names of the weights that train on their grids, or to which LoRA is added.
 
     Raises:
         Unsupported: a layer has a grid whose scales or levels are not learned.
         UsageError: no layer has a grid.
     """
+    if settings.train_only == "lora":
+        found = frozenset(c.weight.name for c in plan.quantized if c.weight.is_linear)
+        return _not_empty(found)
     for choice in plan.quantized:
         if choice.weight.is_linear and not _learned(choice.grid):
             raise Unsupported(
@@ -73,7 +77,12 @@ def trainable(plan: Plan, tables: bool) -> frozenset[str]:
                 "only codes and scales of grids such as int2-g64 or int4-g32 are learned",
                 "give another --preset, such as int2, or a pattern with --grid",
             )
-    found = frozenset(c.weight.name for c in plan.quantized if _trains(c, tables))
+    return _not_empty(
+        frozenset(c.weight.name for c in plan.quantized if _trains(c, settings.train_tables))
+    )
+
+
+def _not_empty(found: frozenset[str]) -> frozenset[str]:
     if not found:
         raise UsageError(
             "there is nothing to train",
@@ -112,7 +121,7 @@ def run(
         BadInput: what a killed run left is damaged.
         EnvironmentFailed: the disk is full or read-only.
     """
-    trained = trainable(start.plan, settings.train_tables)
+    trained = trainable(start.plan, settings)
     with same_threads():
 
         def student() -> Decoder:
@@ -142,12 +151,17 @@ def run(
 def _student(
     weight: Weight, start: QuantizedCheckpoint, trained: frozenset[str], settings: Qat
 ) -> nn.Module:
+    lora = settings.train_only == "lora"
+    if weight.name in trained and lora:
+        values = _tensor(start, weight)
+        return Recovered(values, settings.lora_rank, weight.name, settings.seed)
     if weight.name in trained:
         quantized = start.load(weight.name)
         assert isinstance(quantized, QuantizedTensor)
         return FakeQuantized(quantized)
     vector = len(weight.shape) == 1
-    return Plain(_tensor(start, weight), vector and settings.norm_learning_rate > 0)
+    norms = settings.norm_learning_rate > 0 and not lora
+    return Plain(_tensor(start, weight), vector and norms)
 
 
 def _tensor(source: Weights, weight: Weight) -> torch.Tensor:

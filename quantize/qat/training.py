@@ -105,15 +105,17 @@ def train(
 
 
 def _groups(named: Mapping[str, nn.Parameter], settings: Qat) -> list[dict[str, object]]:
-    """Latent weights, factors on scales, and the rest (norms and biases), each with its rate."""
-    groups: dict[str, list[nn.Parameter]] = {"latent": [], "factor": [], "values": []}
-    for name, parameter in named.items():
-        groups[name.rpartition(".")[2]].append(parameter)
+    """Latent weights, factors on scales, norms and biases, and LoRA, each with its rate."""
     rates = {
         "latent": settings.learning_rate,
         "factor": settings.scale_learning_rate,
         "values": settings.norm_learning_rate,
+        "a": settings.lora_learning_rate,
+        "b": settings.lora_learning_rate,
     }
+    groups: dict[str, list[nn.Parameter]] = {kind: [] for kind in rates}
+    for name, parameter in named.items():
+        groups[name.rpartition(".")[2]].append(parameter)
     return [{"params": found, "lr": rates[kind]} for kind, found in groups.items() if found]
 
 
