@@ -15,8 +15,8 @@ from ..quantize.grid import Grid
 from ..quantize.plan import Choice
 
 ALIGNMENT = 64
-INT4, UINT6, UINT4, UINT2 = "int4", "uint6", "uint4", "uint2"
-_BITS = {INT4: 4, UINT6: 6, UINT4: 4, UINT2: 2}
+INT4, UINT6, UINT4, UINT3, UINT2 = "int4", "uint6", "uint4", "uint3", "uint2"
+_BITS = {INT4: 4, UINT6: 6, UINT4: 4, UINT3: 3, UINT2: 2}
 
 Part = Literal["codes", "scale", "levels", "zero_point", "values"]
 

@@ -109,6 +109,7 @@ def _linear(kind: str, group: str) -> tuple[Grid, Grid]:
 LINEAR = {g.name: g for kind in _LINEAR for group in _GROUPS for g in _linear(kind, group)}
 INT4_G32, INT8_ROW, INT8_G32 = (LINEAR[name] for name in ("int4-g32", "int8-row", "int8-g32"))
 INT4_G32_SIGNED = replace(INT4_G32, name="int4-g32-signed", signed_scale=True)
+INT3_G64 = Grid("int3-g64", bits=3, low=-4, high=3, group=64)
 INT2_G64 = Grid("int2-g64", bits=2, low=-1, high=2, group=64)
 INT2_G256 = Grid("int2-g256", bits=2, low=-1, high=2, group=256)
 # QLoRA's NormalFloat (Dettmers et al. 2023, arXiv:2305.14314), the numbers of bitsandbytes.
@@ -129,7 +130,7 @@ NF4_G64 = Grid(
 # bitsandbytes' float of 4 bits: a sign, two bits of exponent, one of mantissa, over 12.
 _FP4 = tuple(float(np.float32(level / 12)) for level in (0, 0.0625, 8, 12, 4, 6, 2, 3))
 FP4_G64 = replace(NF4_G64, name="fp4-g64", levels=(*_FP4, *(-level for level in _FP4)))
-_OTHERS = (INT4_G32_SIGNED, INT2_G64, INT2_G256, NF4_G64, FP4_G64)
+_OTHERS = (INT4_G32_SIGNED, INT3_G64, INT2_G64, INT2_G256, NF4_G64, FP4_G64)
 GRIDS = LINEAR | {grid.name: grid for grid in _OTHERS}
 
 

@@ -1,7 +1,7 @@
 """Codes to bytes and back: low bits first along the input dimension, two's complement.
 
-At 2 bits a code is stored modulo 4, and read as one of -1, 0, 1, 2. Codes of a palettized grid have
-no sign.
+At 2 bits a code is stored modulo 4, and read as one of -1, 0, 1, 2; at 3 bits modulo 8, and read as
+one of -4 to 3. Codes of a palettized grid have no sign.
 """
 
 from __future__ import annotations
@@ -22,13 +22,15 @@ def row_bytes(columns: int, bits: int) -> int:
 
 
 def pack(codes: Int8, bits: int) -> UInt8:
-    """Pack int8 codes (rows, columns) into uint8 (rows, row_bytes). `bits` is 2, 4 or 8.
+    """Pack int8 codes (rows, columns) into uint8 (rows, row_bytes). `bits` is 2, 3, 4 or 8.
 
     At 4 bits a row 1, -2, 3 becomes the bytes 0xe1, 0x03; at 2 bits 1, -1, 2 becomes 0x2d.
     """
     if bits == 8:
         return codes.view(np.uint8)
     rows, columns = codes.shape
+    if bits == 3:
+        return pack_unsigned(codes & np.int8(7), bits)
     if bits == 2:
         whole = np.pad(codes, ((0, 0), (0, -columns % 4))).view(np.uint8) & np.uint8(3)
         return join_pairs_of_bits(whole.reshape(rows, -1, 4))
@@ -42,6 +44,8 @@ def unpack(packed: UInt8, bits: int, columns: int) -> Int8:
     """The inverse of `pack`: int8 codes (rows, columns)."""
     if bits == 8:
         return packed.view(np.int8)
+    if bits == 3:
+        return (unpack_unsigned(packed, bits, columns) ^ np.int8(4)) - np.int8(4)
     if bits == 2:
         codes = np.empty((*packed.shape, 4), np.int8)
         for place in range(4):

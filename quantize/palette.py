@@ -58,9 +58,10 @@ class PaletteGrid:
         return rows * -(-columns * self.bits // 8) + levels
 
 
+LUT3_R16 = PaletteGrid("lut3-r16", bits=3, group=16)
 LUT4_R16 = PaletteGrid("lut4-r16", bits=4, group=16)
 LUT6_R16 = PaletteGrid("lut6-r16", bits=6, group=16)
-PALETTE_GRIDS = {grid.name: grid for grid in (LUT4_R16, LUT6_R16)}
+PALETTE_GRIDS = {grid.name: grid for grid in (LUT3_R16, LUT4_R16, LUT6_R16)}
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,7 @@ from .ggml import NEEDS_IMPORTANCE, Type
 from .grid import (
     GRIDS,
     INT2_G64,
+    INT3_G64,
     INT4_G32,
     INT4_G32_SIGNED,
     INT8_ROW,
@@ -27,7 +28,7 @@ from .grid import (
     listed,
 )
 from .mixes import MIXES, held_type, wanted_type
-from .palette import LUT4_R16, LUT6_R16, PALETTE_GRIDS, PaletteGrid
+from .palette import LUT3_R16, LUT4_R16, LUT6_R16, PALETTE_GRIDS, PaletteGrid
 
 FLOAT = "float16"  # as a pattern's value: the weight stays float
 # rtn-absmax: rtn without the search for a scale. imatrix: ggml's kernels with an importance matrix,
@@ -62,6 +63,8 @@ PRESETS = {
     "int8": Preset(INT8_ROW, INT8_ROW),
     "int2": Preset(INT2_G64, INT8_ROW),
     "nf4": Preset(NF4_G64, INT8_ROW),
+    "int3": Preset(INT3_G64, INT8_ROW),
+    "lut3": Preset(LUT3_R16, INT8_ROW),
     "lut4": Preset(LUT4_R16, INT8_ROW),
     "lut6": Preset(LUT6_R16, INT8_ROW),
     "mixed": Preset(INT4_G32, INT8_ROW, promoted=INT8_ROW),

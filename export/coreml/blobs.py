@@ -37,6 +37,7 @@ TYPES = {
     "INT4": Type(8, 4, "|i1", "read_int4_data"),
     "UINT2": Type(10, 2, "|u1", "read_uint2_data"),
     "UINT4": Type(11, 4, "|u1", "read_uint4_data"),
+    "UINT3": Type(12, 3, "|u1", "read_uint3_data"),
     "UINT6": Type(13, 6, "|u1", "read_uint6_data"),
 }
 

@@ -21,7 +21,7 @@ from ...quantize.grid import LINEAR, Grid, listed
 from ...quantize.palette import LEVEL_DTYPE, PaletteGrid
 from ...quantize.plan import Choice, Plan
 from ..container import Deployment
-from ..layout import INT4, UINT2, UINT4, UINT6, Layout, Matrix, Stored
+from ..layout import INT4, UINT2, UINT3, UINT4, UINT6, Layout, Matrix, Stored
 
 Float = Literal["<f2", "<f4"]
 HEAD = RECORD = 64  # bytes before the first tensor, and before each
@@ -56,8 +56,10 @@ FORMS = {
     "int4-g32-signed": Form(INT4, "<f2"),
     "int2-g64": Form(UINT2, "<f2", "|i1"),
     "int2-g256": Form(UINT2, "<f2", "|i1"),
+    "int3-g64": Form(UINT3, "<f2", "|i1"),
     "nf4-g64": Form(UINT4, "<f4", "<f4"),
     "fp4-g64": Form(UINT4, "<f4", "<f4"),
+    "lut3-r16": Form(UINT3, None, "<f2"),
     "lut4-r16": Form(UINT4, None, "<f2"),
     "lut6-r16": Form(UINT6, None, "<f2"),
 }

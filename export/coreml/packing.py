@@ -22,7 +22,7 @@ from ...quantize.packing import join_pairs_of_bits, pack, pack_unsigned
 from ...quantize.palette import PaletteTensor
 from ...quantize.store import QuantizedCheckpoint
 from ...quantize.tensor import QuantizedTensor
-from ..layout import INT4, UINT2, UINT4, UINT6, Layout, Stored
+from ..layout import INT4, UINT2, UINT3, UINT4, UINT6, Layout, Stored
 from .layout import HEAD, LEVELS, RECORD, ROPE, form_of
 
 UInt8 = npt.NDArray[np.uint8]
@@ -35,6 +35,7 @@ _TYPES = {
     INT4: 8,
     UINT2: 10,
     UINT4: 11,
+    UINT3: 12,
     UINT6: 13,
 }  # of MIL's BlobDataType
 _RAISE = np.uint8(0x88)  # adds 8 to both codes of a byte, modulo 16
@@ -136,6 +137,8 @@ def packed(codes: Int8, dtype: str) -> UInt8:
     if dtype == UINT2:
         raised = (codes + np.int8(1)).view(np.uint8)
         return join_pairs_of_bits(raised.reshape(len(codes), -1, 4))
+    if dtype == UINT3:
+        return pack_unsigned(codes + np.int8(4), 3)
     if dtype == UINT4:
         return pack(codes, 4) ^ _RAISE
     return np.ascontiguousarray(pack(codes, 4 if dtype == INT4 else 8))

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from ..layout import INT4, UINT2, UINT4, UINT6, Stored
+from ..layout import INT4, UINT2, UINT3, UINT4, UINT6, Stored
 from .layout import RECORD
 from .proto import messages
 
@@ -25,6 +25,7 @@ TYPES = {
     "<i4": INT32,
     INT4: "INT4",
     UINT2: "UINT2",
+    UINT3: "UINT3",
     UINT4: "UINT4",
     UINT6: "UINT6",
 }

@@ -22,7 +22,7 @@ from ..coreml.layout import HEAD, RECORD, matrices_of, refuse_grid, ropes_of, te
 from ..coreml.package import package_name
 from ..layout import Layout, Matrix, Stored
 
-GRIDS = ("lut4-r16", "lut6-r16", "int8-row")
+GRIDS = ("lut3-r16", "lut4-r16", "lut6-r16", "int8-row")
 CHUNK = 64  # tokens of a prompt that are computed at a time
 LIMIT = 900_000_000  # bytes of a package
 LONGEST = 16_384  # of a dimension

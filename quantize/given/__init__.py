@@ -16,7 +16,7 @@ from ...checkpoint import QUANTIZED_KEYS, Checkpoint
 from ...errors import BadInput, Unsupported
 from ..blocks import AnyGrid, Quantized
 from ..grid import Float32
-from . import awq, bitsandbytes, compressed_tensors, gptq, mlx
+from . import awq, bitsandbytes, compressed_tensors, gptq, mlx, torchao
 from .entry import FULL_PRECISION, Entry
 
 _FORMATS: Mapping[str, ModuleType] = MappingProxyType(
@@ -26,6 +26,7 @@ _FORMATS: Mapping[str, ModuleType] = MappingProxyType(
         "bitsandbytes": bitsandbytes,
         "compressed-tensors": compressed_tensors,
         "mlx": mlx,
+        "torchao": torchao,
     }
 )
 

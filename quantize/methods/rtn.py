@@ -25,12 +25,14 @@ from .fit import LANES, Vector
 # every representable scale.
 _DIVISORS = {
     2: np.stack([np.linspace(0.6, 4, 24)] * 2).astype(np.float32),
+    3: np.stack([np.linspace(2.8, 6, 20), np.linspace(2, 5.2, 20)]).astype(np.float32),
     4: np.stack([np.linspace(7, 11, 12), np.linspace(6, 10, 12)]).astype(np.float32),
     8: np.stack([np.linspace(121, 130, 8)] * 2).astype(np.float32),
 }
 # The same where errors are weighed, for either sign.
 _RANGES = {
     2: np.linspace(0.6, 4, 24, dtype=np.float32),
+    3: np.linspace(2, 6, 24, dtype=np.float32),
     4: np.linspace(6, 11, 18, dtype=np.float32),
     8: np.linspace(120, 130, 10, dtype=np.float32),
 }

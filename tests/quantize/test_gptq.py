@@ -24,7 +24,7 @@ PALETTES = pytest.mark.parametrize("grid", PALETTE_GRIDS.values(), ids=PALETTE_G
 STEPS = {
     name: GRIDS[name]
     for name in ("int4-g32", "int4-g32-signed", "int8-row", "int8-g32", "int2-g64", "int2-g256")
-} | {name: GRIDS[name] for name in ("int4-g64", "int4-row-f16")}
+} | {name: GRIDS[name] for name in ("int4-g64", "int4-row-f16", "int3-g64")}
 
 
 def width(grid: Grid, columns: int) -> int:

@@ -13,7 +13,7 @@ from slimport.quantize.packing import (
 
 
 @settings(deadline=None)  # the first example compiles
-@given(st.data(), st.sampled_from([2, 4, 8]), st.integers(1, 5), st.integers(1, 70))
+@given(st.data(), st.sampled_from([2, 3, 4, 8]), st.integers(1, 5), st.integers(1, 70))
 def test_round_trip(data, bits, rows, columns):
     low, high = (-1, 2) if bits == 2 else (-(1 << (bits - 1)), (1 << (bits - 1)) - 1)
     flat = st.lists(st.integers(low, high), min_size=rows * columns, max_size=rows * columns)
@@ -33,6 +33,11 @@ def test_round_trip(data, bits, rows, columns):
 )
 def test_bytes_by_hand(codes, packed):
     assert pack(np.int8(codes), 4).tolist() == packed
+
+
+def test_three_bits_by_hand():
+    # 1, 6, 2 and 4 are 1, -2, 2 and -4 modulo 8: 1 + 6 * 8 + 2 * 64 + 4 * 512
+    assert pack(np.int8([[1, -2, 2, -4]]), 3).tolist() == [[0xB1, 0x08]]
 
 
 def test_two_bits_by_hand():

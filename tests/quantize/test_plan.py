@@ -129,7 +129,7 @@ def test_patterns_and_the_last_one_decides():
         ({"preset": "int5"}, UsageError, "int4-all"),
         ({"method": "magic"}, UsageError, "gptq"),
         ({"patterns": {"*": "int5"}}, UsageError, "int4-g32-signed"),
-        ({"patterns": {"*": "lut5-r16"}}, UsageError, "lut4-r16, lut6-r16, ggml's"),
+        ({"patterns": {"*": "lut5-r16"}}, UsageError, "lut3-r16, lut4-r16, lut6-r16, ggml's"),
         ({"method": "kmeans"}, UsageError, "int4-g32 does not take method kmeans"),
         ({"preset": "Q8_0", "method": "kmeans"}, UsageError, "Q8_0 does not take method kmeans"),
         ({"preset": "lut4", "method": "rtn-absmax"}, UsageError, "--method kmeans"),

@@ -15,7 +15,9 @@ from slimport.quantize.methods import rtn
 
 MODELS = Path(__file__).parents[3] / "shared" / "models"
 _OLD = ("int4-g32", "int4-g32-signed", "int8-row", "int8-g32", "int2-g64", "int2-g256")
-STEPS = {name: GRIDS[name] for name in (*_OLD, "int4-g64", "int4-row-f16", "int8-g128-f16")}
+STEPS = {
+    name: GRIDS[name] for name in (*_OLD, "int4-g64", "int4-row-f16", "int8-g128-f16", "int3-g64")
+}
 every_grid = pytest.mark.parametrize("grid", STEPS.values(), ids=STEPS)
 
 
@@ -38,7 +40,7 @@ def best_possible(weight, grid):
     table = weight.reshape(-1, size).astype(np.float64)
     peak = np.abs(table).max(1)
     best = np.full(len(table), np.inf)
-    first, last = {2: (0.5, 6), 4: (4, 14), 8: (115, 140)}[grid.bits]
+    first, last = {2: (0.5, 6), 3: (1.5, 8), 4: (4, 14), 8: (115, 140)}[grid.bits]
     for divisor in np.geomspace(first, last, 500):
         for sign in (1, -1) if grid.signed_scale else (1,):
             scale = round_scale((sign * peak / divisor).astype(np.float32))[:, None]
@@ -90,6 +92,7 @@ def test_equals_plain_numpy_to_the_bit(grid):
         ("int4-g32-signed", 1.0035),
         ("int8-g32", 1.09),
         ("int8-row", 1.015),
+        ("int3-g64", 1.0035),
         ("int2-g64", 1.0035),
         ("int2-g256", 1.0035),
     ],

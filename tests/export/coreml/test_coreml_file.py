@@ -44,7 +44,8 @@ PLANS: dict[str, dict[str, str]] = {
 }
 GRID_NAMES = [
     *("int4-g32", "int4-g32-signed", "int8-row", "int8-g32", "int2-g64", "int2-g256", "nf4-g64"),
-    *("uint4-g16", "uint4-row", "uint4-g64-f16", "int4-g64", "int8-g16-f16", "fp4-g64", "float16"),
+    *("uint4-g16", "uint4-row", "uint4-g64-f16", "int4-g64", "int8-g16-f16", "fp4-g64"),
+    *("int3-g64", "float16"),
 ]
 WIDE = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 1}
 Q = "model.layers.0.self_attn.q_proj.weight"

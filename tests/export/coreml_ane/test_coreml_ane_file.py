@@ -24,8 +24,8 @@ from slimport.export.coreml import packing, reader
 from slimport.export.coreml.package import package_name, paths
 from slimport.export.coreml.proto import blob_library, messages
 from slimport.export.coreml_ane import layout
-from slimport.export.layout import UINT4, UINT6, Stored
-from slimport.quantize.palette import LUT4_R16, LUT6_R16, PaletteTensor
+from slimport.export.layout import UINT3, UINT4, UINT6, Stored
+from slimport.quantize.palette import LUT3_R16, LUT4_R16, LUT6_R16, PaletteTensor
 from slimport.quantize.plan import make_plan
 from slimport.quantize.quantizer import quantize
 from slimport.quantize.store import QuantizedCheckpoint
@@ -38,6 +38,8 @@ HALVES = {"*": "float16"}
 MODELS: dict[str, tuple[str, str, dict[str, Any], dict[str, str]]] = {
     "lut4": ("lut4", "llama", {"attention_bias": True, "mlp_bias": True}, {}),
     "lut4, q and k normed": ("lut4", "qwen3", {}, {}),
+    "lut3": ("lut3", "qwen2", {"tie_word_embeddings": False}, {}),
+    "lut3, rows end within a byte": ("lut3", "llama", {"intermediate_size": 90}, {}),
     "lut6": ("lut6", "qwen2", {"tie_word_embeddings": False}, {}),
     "lut6, rows end within a byte": ("lut6", "llama", {"intermediate_size": 90}, {}),
     "lut4, rows end within a byte": ("lut4", "llama", {"intermediate_size": 45}, {}),
@@ -319,10 +321,12 @@ def test_packages_have_the_same_functions(missing: str, halves: Exported, tmp_pa
     [
         # The first code of a byte is in its low bits; 8 and more do not become negative.
         (LUT4_R16, [0, 1, 2, 3, 14, 15, 8, 7], "1032fe78"),
+        # 0 + 1 * 8 + 2 * 64 + ... + 7 * 8 ** 7
+        (LUT3_R16, [0, 1, 2, 3, 4, 5, 6, 7], "88c6fa"),
         # 1 + 2 * 64 + 3 * 64 ** 2 + 63 * 64 ** 3, three bytes, the low one first.
         (LUT6_R16, [1, 2, 3, 63, 0, 63, 0, 63], "8130fcc00ffc"),
     ],
-    ids=["lut4", "lut6"],
+    ids=["lut4", "lut3", "lut6"],
 )
 def test_bytes_worked_by_hand(grid: Any, codes: list[int], expected: str) -> None:
     weight = PaletteTensor(
@@ -333,7 +337,7 @@ def test_bytes_worked_by_hand(grid: Any, codes: list[int], expected: str) -> Non
     choice = SimpleNamespace(weight=SimpleNamespace(name="w"), grid=grid)
     model: Any = SimpleNamespace(load=lambda name: weight, decoder=None)
     given: dict[str, Any] = {"name": "w", "shape": (16, 8), "choices": (choice,)}
-    stored = Stored(dtype={4: UINT4, 6: UINT6}[grid.bits], part="codes", **given)
+    stored = Stored(dtype={3: UINT3, 4: UINT4, 6: UINT6}[grid.bits], part="codes", **given)
     content = b"".join(part.tobytes() for part in packing.parts(stored, model))
     assert content.hex() == expected * 16 and len(content) == stored.nbytes
     levels = Stored(dtype="<f2", part="levels", **given)
@@ -341,7 +345,9 @@ def test_bytes_worked_by_hand(grid: Any, codes: list[int], expected: str) -> Non
     assert part.tobytes()[:6].hex() == "000000300034"  # 0, 1/8, 1/4
 
 
-@pytest.mark.parametrize(("preset", "read"), [("lut4", "uint4"), ("lut6", "uint6")])
+@pytest.mark.parametrize(
+    ("preset", "read"), [("lut3", "uint3"), ("lut4", "uint4"), ("lut6", "uint6")]
+)
 def test_the_file_as_apples_library_reads_it(
     preset: str, read: str, tiny_llama: Path, tmp_path: Path
 ) -> None:
@@ -357,9 +363,9 @@ def test_the_file_as_apples_library_reads_it(
     found = np.asarray(library.read_fp16_data(levels)).view(np.float16)
     assert np.array_equal(found.reshape(weight.levels.shape), weight.levels)
     content = (made.folder / paths().weights).read_bytes()[indices + 64 :]
-    bits, codes = weight.grid.bits, [int(code) for code in weight.codes[0][:4]]
+    bits, codes = weight.grid.bits, [int(code) for code in weight.codes[0][:8]]
     number = sum(code << (bits * place) for place, code in enumerate(codes))
-    assert content[: bits // 2] == number.to_bytes(bits // 2, "little")
+    assert content[:bits] == number.to_bytes(bits, "little")
 
 
 def test_types_are_those_that_coremltools_infers(
@@ -411,7 +417,7 @@ def test_grids_that_it_does_not_multiply_are_refused(
     plan = make_plan(decoder, preset, "rtn", patterns)
     with pytest.raises(Unsupported, match=said) as failure:
         container.refuse(decoder, plan, Tokenizer.open(tiny_llama))
-    assert "lut4-r16, lut6-r16, int8-row" in failure.value.why
+    assert "lut3-r16, lut4-r16, lut6-r16, int8-row" in failure.value.why
     assert "--target ios18-gpu" in failure.value.cure
 
 

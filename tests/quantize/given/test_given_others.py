@@ -1,7 +1,9 @@
-"""compressed-tensors and MLX, packed by hand; beside the libraries themselves both were equal."""
+"""compressed-tensors, MLX and torchao, packed by hand; beside the libraries all were equal."""
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -195,3 +197,42 @@ def test_sums_that_no_block_holds_are_refused(made: Any) -> None:
     folder, _ = made(lambda codes: mlx(codes, 0.25), MLX, group=16)
     with pytest.raises(Unsupported, match="biases are no multiples of its scales"):
         opened(folder)
+
+
+def torchao(weight_dtype: str = "int4", kind: str = "IntxWeightOnlyConfig") -> dict[str, Any]:
+    data = {"weight_dtype": {"_type": "torch.dtype", "_data": weight_dtype}}
+    default = {"_type": kind, "_version": 2, "_data": data}
+    return {"quantization_config": {"quant_method": "torchao", "quant_type": {"default": default}}}
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_torchao(symmetric: bool, tiny_llama: Path, tmp_path: Path, round_to: Any) -> None:
+    known, tensors = {}, {}
+    for name, weight in load_file(tiny_llama / "model.safetensors").items():
+        if "_proj" not in name:
+            tensors[name] = weight
+            continue
+        codes = known[name] = round_to(weight, 32, 4, symmetric)
+        stem = name.removesuffix("weight") + "_weight_"
+        tensors[f"{stem}qdata"] = torch.from_numpy(codes.q - 8).to(torch.int8)
+        tensors[f"{stem}zero_point"] = torch.from_numpy(codes.z - 8).to(torch.int8)
+        tensors[f"{stem}scale"] = torch.from_numpy(codes.scale).half()
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_llama, folder)
+    save_file(tensors, folder / "model.safetensors")
+    stated = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(stated | torchao()))
+    given = opened(folder)
+    assert set(given.grids) == set(known)
+    assert {g.name for g in given.grids.values()} == {f"{'' if symmetric else 'u'}int4-g32-f16"}
+    for name, codes in known.items():
+        np.testing.assert_array_equal(given.rows(name), codes.values())
+    for other in (torchao("int3"), torchao(kind="Int8WeightOnlyConfig")):
+        (folder / "config.json").write_text(json.dumps(stated | other))
+        with pytest.raises(Unsupported, match="a torchao checkpoint of"):
+            opened(folder)
+    tensors[f"{Q}._weight_qdata"][0, 0] = 100
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(stated | torchao()))
+    with pytest.raises(BadInput, match="more than 4 bits"):
+        opened(folder).load(f"{Q}.weight")
