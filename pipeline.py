@@ -61,7 +61,7 @@ def export(
     plan = plan_of(recipe, source)
     ready = None if quantized is None else _same_origin(source, plan, quantized)
     jobs = plan_jobs(recipe, source, plan)
-    with bundle.work_folder(recipe.output) as work:
+    with bundle.work_folder(recipe.output, resumes=plan.calibrated) as work:
         calibrate = (plan.calibrated and ready is None) or any(
             job.container.CALIBRATED for job in jobs
         )
@@ -132,6 +132,7 @@ def _quantize(
             tokenizer_folder=source.checkpoint.folder,
             progress=progress,
             origin=origin.result,
+            resumes=plan.calibrated,  # the others take seconds
         )
 
 
@@ -147,7 +148,7 @@ def quantize(
     source = open_source(recipe, offline=offline)
     plan = plan_of(recipe, source)
     texts = read_texts(recipe, source, calibrate=plan.calibrated, validate=False, progress=progress)
-    with bundle.replacing(output) as partial:
+    with bundle.replacing(output, resumes=plan.calibrated) as partial:
         quantized = _quantize(source, plan, texts.calibration, partial, progress)
     return {
         "schema": "slimport.quantize/1",

@@ -9,12 +9,12 @@ from __future__ import annotations
 import math
 import os
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import groupby
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +34,9 @@ from .methods import codebook, kmeans, kquants, rtn
 from .packing import UInt8, pack, pack_unsigned
 from .palette import LARGEST_LEVEL, LEVEL_DTYPE, PaletteGrid, PaletteTensor
 from .plan import FLOAT, Choice, Plan
-from .store import Origin, QuantizedCheckpoint, Record
+from .store import Origin, QuantizedCheckpoint, Record, Shard
 from .tensor import QuantizedTensor, start_digest
+from .unfinished import Journal, run_of
 from .windows import Windows
 
 Progress = Callable[[str, int, int], None]
@@ -56,6 +57,7 @@ def quantize(
     tokenizer_folder: Path,
     progress: Progress,
     origin: Callable[[], Origin] = Origin,
+    resumes: bool = False,
 ) -> QuantizedCheckpoint:
     """Quantize `weights` by `plan` into `folder`, which is emptied first and gone if that fails.
 
@@ -68,7 +70,9 @@ def quantize(
             matrix; not used without one.
         tokenizer_folder: where tokenizer and licence files are copied from.
         progress: called with (stage, weights done, weights in all).
-        origin: called when the weights are done, so that hashing the base may go on meanwhile.
+        origin: called when the first layer is done, so that hashing the base may go on meanwhile.
+        resumes: go on where an equal run was stopped in `folder`, to the same bytes. Its journal
+            `bundle.UNFINISHED` stays there, for the caller to remove; other files do not.
 
     Raises:
         UsageError: a calibrated method without windows, gptq with an importance matrix in their
@@ -90,12 +94,14 @@ def quantize(
             "it needs how inputs vary together, and the matrix holds their squares only",
             "choose --method imatrix, or leave --imatrix away",
         )
-    with store.filling(folder), ThreadPoolExecutor(_threads()) as pool:
-        decoder = decoder_config(config)
-        blocks = _blocks(weights, decoder, plan, calibration, pool, progress)
+    digest = calibration.digest if calibration else None
+    with store.filling(folder, resumes), ThreadPoolExecutor(_threads()) as pool:
+        decoder, journal = decoder_config(config), None
+        if resumes:
+            journal = Journal(folder, plan, lambda: run_of(plan, config, digest, origin()))
+        blocks = _blocks(weights, decoder, plan, calibration, pool, progress, journal)
         with closing(blocks):
-            records = _write(blocks, plan, folder, progress)
-        digest = calibration.digest if calibration else None
+            records = _write(blocks, plan, folder, progress, journal)
         with store.writing(folder):
             store.write_metadata(folder, config, plan, origin(), digest, records, tokenizer_folder)
     return QuantizedCheckpoint.open(folder)
@@ -171,10 +177,15 @@ def _blocks(
     calibration: Windows | Imatrix | None,
     pool: ThreadPoolExecutor,
     progress: Progress,
+    journal: Journal | None,
 ) -> Generator[_Block, None, None]:
-    """All blocks in the order of the plan."""
+    """All blocks in the order of the plan, but for those of finished shards."""
+    shards = store.shards(plan)[len(journal.done) if journal else 0 :]
+    if not shards:
+        return
     if isinstance(calibration, Windows) and plan.uses("gptq"):
-        yield from _by_layers(weights, config, plan, calibration, pool)
+        before = _finished_layers(journal, config, plan, progress) if journal else []
+        yield from _by_layers(weights, config, shards, calibration, pool, before)
         return
     importance: Importance = {}
     if isinstance(calibration, Imatrix):
@@ -183,23 +194,38 @@ def _blocks(
         from .calibration import importance as measure  # torch is loaded only to calibrate
 
         importance = measure(weights, config, calibration, progress).importance
-    yield from _by_rows(weights, plan.choices, pool, importance)
+    yield from _by_rows(weights, chain.from_iterable(shards), pool, importance)
+
+
+def _finished_layers(
+    journal: Journal, config: DecoderConfig, plan: Plan, progress: Progress
+) -> list[Callable[[], Mapping[str, Float32]]]:
+    """What `layer_statistics` asks of each layer that an earlier run finished."""
+    made = journal.open(config, plan)
+    layers = [shard for shard in journal.done if shard[0].weight.layer is not None]
+
+    def dequantized(done: int, shard: Shard) -> Mapping[str, Float32]:
+        progress("through finished layers", done, len(layers))
+        return {c.weight.name: made.rows(c.weight.name) for c in shard if c.grid is not None}
+
+    return [partial(dequantized, *each) for each in enumerate(layers, 1)]
 
 
 def _by_layers(
     weights: Weights,
     config: DecoderConfig,
-    plan: Plan,
+    shards: Iterable[Shard],
     windows: Windows,
     pool: ThreadPoolExecutor,
+    before: Sequence[Callable[[], Mapping[str, Float32]]],
 ) -> Generator[_Block, None, None]:
     """Layers in order, each calibrated on what the quantized ones before it give."""
     from .calibration import layer_statistics, same_threads
     from .methods import gptq
 
-    with same_threads(), closing(layer_statistics(weights, config, windows)) as stream:
+    with same_threads(), closing(layer_statistics(weights, config, windows, before)) as stream:
         solved: dict[str, Float32] | None = None
-        for shard in store.shards(plan):
+        for shard in shards:
             if shard[0].weight.layer is None:
                 yield from _by_rows(weights, shard, pool, {})
                 continue
@@ -294,29 +320,41 @@ def _coded_block(name: str, tensor: QuantizedTensor | PaletteTensor) -> _Block:
 
 
 def _write(
-    blocks: Iterator[_Block], plan: Plan, folder: Path, progress: Progress
+    blocks: Iterator[_Block],
+    plan: Plan,
+    folder: Path,
+    progress: Progress,
+    journal: Journal | None = None,
 ) -> dict[str, Record]:
-    """Write every shard; {name: record} in the order of the plan."""
-    total = sum(math.prod(choice.weight.shape) for choice in plan.choices)
-    done = 0
+    """Write every shard that is not finished; {name: record} in the order of the plan."""
+    total = plan.parameters
+    finished = journal.finished if journal else []
+    records = {name: record for part in finished for name, record in part.items()}
+    done = sum(math.prod(plan[name].weight.shape) for name in records)
 
-    def counted() -> Iterator[_Block]:
+    def counted(choice: Choice) -> Iterator[_Block]:
+        """The blocks of a weight: not one of the next is asked for before its shard is done."""
         nonlocal done
-        for block in blocks:
+        left = math.prod(choice.weight.shape)
+        while left:
+            block = next(blocks, None)
+            if block is None or block.name != choice.weight.name or block.weights > left:
+                found = block.name if block else "nothing"
+                raise ValueError(f"{found} comes where the plan has {choice.weight.name}")
             yield block
+            left -= block.weights
             done += block.weights
             progress("quantize", done, total)
 
-    by_weight = groupby(counted(), lambda block: block.name)
     shards = store.shards(plan)
-    records = {}
-    for index, shard in enumerate(shards):
+    for index, shard in [*enumerate(shards)][len(finished) :]:
+        part = {}
         with store.open_shard(folder, index, len(shards), shard) as append:
             for choice in shard:
-                name, parts = next(by_weight, ("nothing", ()))
-                if name != choice.weight.name:
-                    raise ValueError(f"{name} comes where the plan has {choice.weight.name}")
-                records[name] = _write_weight(choice, parts, append)
+                part[choice.weight.name] = _write_weight(choice, counted(choice), append)
+        records |= part
+        if journal is not None:
+            journal.add(part)
     return records
 
 
