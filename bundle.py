@@ -17,7 +17,9 @@ import stat
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 from .errors import BadInput, BudgetExceeded, EnvironmentFailed, UsageError, ValidationFailed
@@ -28,6 +30,9 @@ MANIFEST = "manifest.json"
 UNLISTED = frozenset({"report/measurements.json", "report/report.html"})
 _MANIFEST_LIMIT = 16 << 20  # bytes; a larger one is not ours
 _WORK = ".work-"
+# Beside what is half made and can be taken up again: a run that is killed or stopped leaves it, and
+# the next one for the same destination finds it in the folder that it is given.
+UNFINISHED = "unfinished.json"
 
 
 # ---- the manifest ----
@@ -185,43 +190,61 @@ def building(destination: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def replacing(destination: Path) -> Iterator[Path]:
+def replacing(destination: Path, resumes: bool = False) -> Iterator[Path]:
     """A new folder that becomes `destination` when the block ends well; else it is removed.
 
     Locked, flushed to the disk and swapped as bundles are. The caller has checked that what stands
     there may be replaced.
+
+    Args:
+        resumes: the folder has in it what a stopped run left UNFINISHED.
 
     Raises:
         UsageError: another run holds the lock.
         EnvironmentFailed: disk full, read-only, out of reach.
     """
     destination = destination.absolute()
-    with _beside(destination) as folder:
+    with _beside(destination, resumes) as folder:
         yield folder
+        (folder / UNFINISHED).unlink(missing_ok=True)
         _swap(folder, destination)
 
 
 @contextmanager
-def _beside(destination: Path) -> Iterator[Path]:
+def _beside(destination: Path, resumes: bool = False) -> Iterator[Path]:
     """A hidden sibling folder under the destination's lock, gone at the end."""
     with _explained(destination):
         destination.parent.mkdir(parents=True, exist_ok=True)
         with _locked(destination):
-            _clean_up(destination)
             folder = destination.with_name(f".{destination.name}.partial-{os.getpid()}")
-            folder.mkdir()
+            _clean_up(destination, folder if resumes else None)
+            folder.mkdir(exist_ok=True)
             try:
                 yield folder
-            finally:
-                shutil.rmtree(folder, ignore_errors=True)
+            except BaseException as error:
+                if not goes_on(folder, error):
+                    shutil.rmtree(folder, ignore_errors=True)
+                raise
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def goes_on(folder: Path, error: BaseException) -> bool:
+    """Whether work in `folder` can be taken up again: `error` stopped it, or something ran out."""
+    stopped = not isinstance(error, Exception)
+    stopped |= isinstance(error, EnvironmentFailed | OSError | MemoryError)
+    return stopped and (folder / UNFINISHED).exists()
 
 
 @contextmanager
-def work_folder(output: Path) -> Iterator[Path]:
+def work_folder(output: Path, resumes: bool = False) -> Iterator[Path]:
     """Room on the disk of `output` for what lies between two stages; gone at the end.
 
     What a killed run left behind is removed first: its lock went with its process. An `output`
-    that was not there and stays empty goes too.
+    that was not there and stays empty goes too. What is UNFINISHED in it stays if this run is
+    stopped.
+
+    Args:
+        resumes: such a folder of an earlier run is moved here, under its name.
 
     Raises:
         EnvironmentFailed: disk full, read-only, out of reach.
@@ -230,14 +253,32 @@ def work_folder(output: Path) -> Iterator[Path]:
     with _explained(output / "work"), ExitStack() as stack:
         if not output.exists():
             stack.callback(_remove_empty, output)
-        for stale in output.glob(f"{_WORK}*"):
-            # FileNotFoundError: its run ended just now and took the folder along.
-            with suppress(FileNotFoundError), _open_lock(stale / "lock") as lock:
-                if lock is not None:
-                    shutil.rmtree(stale, ignore_errors=True)
         while (work := _settle(output, stack)) is None:
             pass
+        stale = [path for path in output.glob(f"{_WORK}*") if path != work]
+        for folder in sorted(stale, key=_age):
+            # FileNotFoundError: its run ended just now and took the folder along.
+            with suppress(FileNotFoundError), _open_lock(folder / "lock") as lock:
+                if lock is None:
+                    continue
+                if resumes:
+                    _adopt(folder, work)
+                shutil.rmtree(folder, ignore_errors=True)
         yield work
+
+
+def _age(path: Path) -> float:
+    try:
+        return -path.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0
+
+
+def _adopt(stale: Path, work: Path) -> None:
+    """What is unfinished in `stale` moves to `work`, if that has nothing of its name."""
+    for mark in stale.glob(f"*/{UNFINISHED}"):
+        if not (work / mark.parent.name).exists():
+            mark.parent.rename(work / mark.parent.name)
 
 
 def _settle(output: Path, stack: ExitStack) -> Path | None:
@@ -250,8 +291,25 @@ def _settle(output: Path, stack: ExitStack) -> Path | None:
         return None
     if lock is None or not (work / "lock").exists():  # being swept, or swept while it was locked
         return None
-    stack.callback(shutil.rmtree, work, ignore_errors=True)
+    stack.push(partial(_clear, work))
     return work
+
+
+def _clear(
+    work: Path,
+    kind: type[BaseException] | None,
+    error: BaseException | None,
+    trace: TracebackType | None,
+) -> None:
+    """Remove a work folder, but for what can be taken up again."""
+    kept = [path for path in work.glob("*") if error is not None and goes_on(path, error)]
+    if not kept:
+        shutil.rmtree(work, ignore_errors=True)
+    for path in work.glob("*"):
+        if path.is_dir() and path not in kept:
+            shutil.rmtree(path, ignore_errors=True)
+        elif path.is_file():
+            path.unlink(missing_ok=True)
 
 
 def _remove_empty(folder: Path) -> None:
@@ -277,15 +335,23 @@ def _previous(destination: Path) -> Path:
     return destination.with_name(f".{destination.name}.previous")
 
 
-def _clean_up(destination: Path) -> None:
-    """Undo what killed runs left; while the lock is held nobody else can be using it."""
+def _clean_up(destination: Path, folder: Path | None) -> None:
+    """Undo what killed runs left; while the lock is held nobody else can be using it.
+
+    What the last of them left unfinished becomes `folder`, if there is one.
+    """
     previous = _previous(destination)
     if previous.exists() and not destination.exists():
         previous.rename(destination)
-    stale = (previous.name, f".{destination.name}.partial-")
-    for path in list(destination.parent.iterdir()):
-        if path.name.startswith(stale):
+    names = (previous.name, f".{destination.name}.partial-")
+    stale = [path for path in destination.parent.iterdir() if path.name.startswith(names)]
+    unfinished = [path for path in stale if folder and (path / UNFINISHED).exists()]
+    kept = min(unfinished, key=_age, default=None)
+    for path in stale:
+        if path != kept:
             shutil.rmtree(path)
+    if folder and kept:
+        kept.rename(folder)
 
 
 def _swap(folder: Path, destination: Path) -> None:

@@ -79,7 +79,7 @@ def export(
         recipe = _as_quantized(recipe, ready.plan)
     plan = plan_of(recipe, source) if ready is None else ready.plan
     jobs = plan_jobs(recipe, source, plan)
-    with bundle.work_folder(recipe.output) as work:
+    with bundle.work_folder(recipe.output, resumes=plan.calibrated) as work:
         calibrate = (plan.calibrated and ready is None) or any(
             job.container.CALIBRATED for job in jobs
         )
@@ -238,6 +238,7 @@ def _quantize(
             tokenizer_folder=source.checkpoint.folder,
             progress=progress,
             origin=origin.result,
+            resumes=plan.calibrated,  # the others take seconds
         )
 
 
@@ -278,7 +279,7 @@ def quantize(
         plan = written.float_tables(plan)
         written.refuse(format, plan)
     texts = read_texts(recipe, source, calibrate=plan.calibrated, validate=False, progress=progress)
-    with bundle.replacing(output) as partial:
+    with bundle.replacing(output, resumes=plan.calibrated and format is None) as partial:
         codes = partial if format is None else partial / "codes"
         quantized = _quantize(source, plan, texts.calibration, codes, progress)
         digest = quantized.weights_digest

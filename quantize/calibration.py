@@ -1,7 +1,8 @@
 """Calibration: token windows become statistics of what every Linear receives.
 
-Windows stream through decoder.py one layer at a time. What lies between two layers waits in an
-unnamed temporary file, so anonymous memory depends on one layer and not on windows or layers.
+Windows stream through decoder.py one layer at a time. What lies between two layers waits in memory
+up to a limit, beyond it in an unnamed temporary file, so anonymous memory depends on one layer and
+not on windows or layers.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import tempfile
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from io import FileIO
 from types import TracebackType
 from typing import NamedTuple
 
@@ -32,7 +34,7 @@ from ..decoder import (
 from ..errors import EnvironmentFailed
 from .grid import Float32
 from .imatrix import Imatrix
-from .windows import Int32, Windows
+from .windows import IN_MEMORY, Int32, Windows
 
 Progress = Callable[[str, int, int], None]
 
@@ -117,7 +119,11 @@ class Passage:
 
 
 def layer_statistics(
-    source: Weights, config: DecoderConfig, windows: Windows, hold: bool = False
+    source: Weights,
+    config: DecoderConfig,
+    windows: Windows,
+    hold: bool = False,
+    before: Sequence[Callable[[], Mapping[str, Float32]]] = (),
 ) -> Generator[tuple[Passage, dict[str, Statistics]], Mapping[str, Float32], None]:
     """Stream windows through the decoder; yield each layer's Passage and {name: Statistics}.
 
@@ -125,15 +131,23 @@ def layer_statistics(
     quantized: the next layer's inputs are computed with them, so each layer is calibrated on what
     it will really receive. The dict is emptied then.
 
+    Args:
+        before: what would be sent for each of the first layers, which were quantized already: they
+            are passed through and not yielded.
+
     Raises:
-        EnvironmentFailed: no room for the temporary files (8 bytes per token and hidden feature).
+        EnvironmentFailed: no room for temporary files (8 bytes per token and hidden feature, past
+            IN_MEMORY).
     """
     tables = attention_tables(config, windows.ids.shape[1])
     with Activations(windows, config) as exact, Activations(windows, config) as actual:
         for activations in (exact, actual):
             activations.embed(source, config)
         held = _held(exact.batches) if hold else ()
-        for index in range(config.layers):
+        for index, solved in enumerate(before):
+            _move(exact, load_layer(source, config, index), config, tables[index])
+            _move(actual, _with(solved(), source, config, index), config, tables[index])
+        for index in range(len(before), config.layers):
             layer = load_layer(source, config, index)
             found = _statistics(layer, config, exact, actual, tables[index], held)
             named = {
@@ -146,13 +160,25 @@ def layer_statistics(
             quantized = yield passage, named
             named.clear()
             if index + 1 < config.layers:
-                replaced = {name: torch.from_numpy(array) for name, array in quantized.items()}
-                layer = load_layer(source, config, index, replaced)
-                for batch in range(actual.batches):
-                    moved = decoder_layer(actual.read(batch), layer, config, tables[index])
-                    actual.write(batch, moved)
-                    del moved
-                del quantized, replaced, layer
+                layer = _with(quantized, source, config, index)
+                _move(actual, layer, config, tables[index])
+                del quantized, layer
+
+
+def _with(
+    quantized: Mapping[str, Float32], source: Weights, config: DecoderConfig, index: int
+) -> LayerWeights:
+    """A layer with its quantized weights."""
+    replaced = {name: torch.from_numpy(array) for name, array in quantized.items()}
+    return load_layer(source, config, index, replaced)
+
+
+def _move(
+    activations: Activations, layer: LayerWeights, config: DecoderConfig, tables: Tables
+) -> None:
+    """Activations become the layer's output."""
+    for batch in range(activations.batches):
+        activations.write(batch, decoder_layer(activations.read(batch), layer, config, tables))
 
 
 def importance(
@@ -169,11 +195,12 @@ def importance(
         progress: called with (stage, layers done, layers in all).
 
     Raises:
-        EnvironmentFailed: no room for the temporary file (4 bytes per token and hidden feature).
+        EnvironmentFailed: no room for a temporary file (4 bytes per token and hidden feature, past
+            IN_MEMORY).
     """
     tables = attention_tables(config, windows.ids.shape[1])
     found: dict[str, Float32] = {}
-    with same_threads(), Activations(windows, config) as activations:
+    with same_threads(), Activations(windows, config, streams=1) as activations:
         activations.embed(source, config)
         for index in range(config.layers):
             progress("importance matrix", index, config.layers)
@@ -259,19 +286,24 @@ def _statistics(
 
 
 class Activations:
-    """Hidden states of all windows at one layer boundary, in an unnamed temporary file.
+    """Hidden states of all windows at one layer boundary.
 
-    Plain reads and writes, not a map: a full disk is an error then and not a killed process.
+    In memory where all `streams` that lie beside one another fit IN_MEMORY, else in an unnamed
+    temporary file. Plain reads and writes, not a map: a full disk is an error then and not a
+    killed process.
     """
 
-    def __init__(self, windows: Windows, config: DecoderConfig) -> None:
+    def __init__(self, windows: Windows, config: DecoderConfig, streams: int = 2) -> None:
         self._ids = windows.ids
         self._hidden_size = config.hidden_size
         count, length = windows.ids.shape
         self._windows = max(1, _TOKENS_AT_ONCE // length)  # in one batch
         self.batches: int = -(-count // self._windows)
-        self.tokens = count * length
-        self._file = tempfile.TemporaryFile(buffering=0)
+        self.tokens: int = count * length
+        self._streams = streams
+        self._kept: dict[int, Tensor] = {}
+        fits = self._needed <= IN_MEMORY
+        self._file = None if fits else tempfile.TemporaryFile(buffering=0)
 
     def __enter__(self) -> Activations:
         return self
@@ -282,7 +314,9 @@ class Activations:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._file.close()
+        self._kept.clear()
+        if self._file is not None:
+            self._file.close()
 
     def embed(self, source: Weights, config: DecoderConfig) -> None:
         """Write the embedding of every window; rows of the table are read in blocks."""
@@ -294,20 +328,31 @@ class Activations:
             self.write(batch, embed(torch.from_numpy(chosen), table, config))
 
     def read(self, batch: int) -> Tensor:
-        """(windows of the batch, length, hidden_size), float32."""
-        count, length = self._ids[self._span(batch)].shape
-        self._seek(batch)
-        values = np.fromfile(self._file, np.float32, count * length * self._hidden_size)
-        return torch.from_numpy(values.reshape(count, length, self._hidden_size))
+        """A copy, float32 (windows of the batch, length, hidden_size).
+
+        Equal bytes at equally aligned addresses, from wherever: products round by both.
+        """
+        if self._file is None:
+            return self._kept[batch].clone()
+        found = torch.empty(*self._ids[self._span(batch)].shape, self._hidden_size)
+        self._seek(self._file, batch)
+        rest = found.numpy().data.cast("B")
+        while count := self._file.readinto(rest):
+            rest = rest[count:]
+        if rest:
+            raise EOFError("the temporary file of activations was cut")
+        return found
 
     def write(self, batch: int, hidden: Tensor) -> None:
-        self._seek(batch)
+        if self._file is None:
+            self._kept[batch] = hidden.clone(memory_format=torch.contiguous_format)
+            return
+        self._seek(self._file, batch)
         try:
             hidden.contiguous().numpy().tofile(self._file)
         except OSError as error:
-            needed = 8 * self.tokens * self._hidden_size  # two files of float32
             raise EnvironmentFailed(
-                f"calibration needs {needed / 1e6:.0f} MB of temporary disk space",
+                f"calibration needs {self._needed / 1e6:.0f} MB of temporary disk space",
                 f"writing to {tempfile.gettempdir()} failed: {error}",
                 "free disk space, set TMPDIR to a larger disk, or calibrate on fewer windows",
             ) from error
@@ -315,9 +360,14 @@ class Activations:
     def _span(self, batch: int) -> slice:
         return slice(batch * self._windows, (batch + 1) * self._windows)
 
-    def _seek(self, batch: int) -> None:
+    @property
+    def _needed(self) -> int:
+        """Bytes of all streams."""
+        return self._streams * 4 * self.tokens * self._hidden_size
+
+    def _seek(self, file: FileIO, batch: int) -> None:
         tokens = batch * self._windows * self._ids.shape[1]
-        self._file.seek(4 * tokens * self._hidden_size)
+        file.seek(4 * tokens * self._hidden_size)
 
 
 def embedding_rows(source: Weights, config: DecoderConfig, ids: Int32) -> Float32:

@@ -9,12 +9,12 @@ from __future__ import annotations
 import math
 import os
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import groupby
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +35,9 @@ from .methods import codebook, hqq, kmeans, kquants, rtn
 from .packing import UInt8, pack, pack_unsigned
 from .palette import LARGEST_LEVEL, LEVEL_DTYPE, PaletteGrid, PaletteTensor
 from .plan import BY_LAYERS, FLOAT, GIVEN, Choice, Plan
-from .store import Origin, QuantizedCheckpoint, Record
+from .store import Origin, QuantizedCheckpoint, Record, Shard
 from .tensor import QuantizedTensor, start_digest
+from .unfinished import Journal, run_of
 from .windows import Windows
 
 Progress = Callable[[str, int, int], None]
@@ -57,6 +58,7 @@ def quantize(
     tokenizer_folder: Path,
     progress: Progress,
     origin: Callable[[], Origin] = Origin,
+    resumes: bool = False,
 ) -> QuantizedCheckpoint:
     """Quantize `weights` by `plan` into `folder`, which is emptied first and gone if that fails.
 
@@ -69,7 +71,9 @@ def quantize(
             matrix; not used without one.
         tokenizer_folder: where tokenizer and licence files are copied from.
         progress: called with (stage, weights done, weights in all).
-        origin: called when the weights are done, so that hashing the base may go on meanwhile.
+        origin: called when the first layer is done, so that hashing the base may go on meanwhile.
+        resumes: go on where an equal run was stopped in `folder`, to the same bytes. Its journal
+            `bundle.UNFINISHED` stays there, for the caller to remove; other files do not.
 
     Raises:
         UsageError: a calibrated method without windows, gptq with an importance matrix in their
@@ -92,13 +96,16 @@ def quantize(
             "it needs how inputs vary together, and the matrix holds their squares only",
             "choose --method imatrix, or leave --imatrix away",
         )
-    with store.filling(folder), ThreadPoolExecutor(_threads()) as pool:
-        decoder = decoder_config(config)
+    digest = calibration.digest if calibration else None
+    with store.filling(folder, resumes), ThreadPoolExecutor(_threads()) as pool:
+        decoder, journal = decoder_config(config), None
         told: dict[str, Any] = {}
-        blocks = _blocks(weights, decoder, plan, calibration, pool, progress, told)
+        if resumes:
+            journal = Journal(folder, plan, lambda: run_of(plan, config, digest, origin()))
+            told |= journal.told
+        blocks = _blocks(weights, decoder, plan, calibration, pool, progress, told, journal)
         with closing(blocks):
-            records = _write(blocks, plan, folder, progress)
-        digest = calibration.digest if calibration else None
+            records = _write(blocks, plan, folder, progress, told, journal)
         with store.writing(folder):
             store.write_metadata(
                 folder, config, plan, origin(), digest, records, tokenizer_folder, told
@@ -187,10 +194,18 @@ def _blocks(
     pool: ThreadPoolExecutor,
     progress: Progress,
     told: dict[str, Any],
+    journal: Journal | None,
 ) -> Generator[_Block, None, None]:
-    """All blocks in the order of the plan; what was measured of layers is added to `told`."""
+    """All blocks in the order of the plan, but for those of finished shards.
+
+    What was measured of layers is added to `told`.
+    """
+    shards = store.shards(plan)[len(journal.done) if journal else 0 :]
+    if not shards:
+        return
     if isinstance(calibration, Windows) and plan.by_layers:
-        yield from _by_layers(weights, config, plan, calibration, pool, told)
+        before = _finished_layers(journal, config, plan, progress) if journal else []
+        yield from _by_layers(weights, config, plan, shards, calibration, pool, told, before)
         return
     importance: Importance = {}
     if isinstance(calibration, Imatrix):
@@ -199,16 +214,32 @@ def _blocks(
         from .calibration import importance as measure  # torch is loaded only to calibrate
 
         importance = measure(weights, config, calibration, progress).importance
-    yield from _by_rows(weights, plan.choices, pool, importance)
+    yield from _by_rows(weights, chain.from_iterable(shards), pool, importance)
+
+
+def _finished_layers(
+    journal: Journal, config: DecoderConfig, plan: Plan, progress: Progress
+) -> list[Callable[[], Mapping[str, Float32]]]:
+    """What `layer_statistics` asks of each layer that an earlier run finished."""
+    made = journal.open(config, plan)
+    layers = [shard for shard in journal.done if shard[0].weight.layer is not None]
+
+    def dequantized(done: int, shard: Shard) -> Mapping[str, Float32]:
+        progress("through finished layers", done, len(layers))
+        return {c.weight.name: made.rows(c.weight.name) for c in shard if c.grid is not None}
+
+    return [partial(dequantized, *each) for each in enumerate(layers, 1)]
 
 
 def _by_layers(
     weights: Weights,
     config: DecoderConfig,
     plan: Plan,
+    shards: Iterable[Shard],
     windows: Windows,
     pool: ThreadPoolExecutor,
     told: dict[str, Any],
+    before: Sequence[Callable[[], Mapping[str, Float32]]],
 ) -> Generator[_Block, None, None]:
     """Layers in order, each calibrated on what the quantized ones before it give."""
     from . import layers
@@ -225,10 +256,10 @@ def _by_layers(
         return rounded(values, choice, diagonal)
 
     solver = layers.Solver(weights, config, solve)
-    stream = layer_statistics(weights, config, windows, hold=plan.holds)
+    stream = layer_statistics(weights, config, windows, plan.holds, before)
     with same_threads(), closing(stream):
         solved: dict[str, Float32] | None = None
-        for shard in store.shards(plan):
+        for shard in shards:
             if shard[0].weight.layer is None:
                 yield from _by_rows(weights, shard, pool, {})
                 continue
@@ -335,29 +366,42 @@ def _coded_block(name: str, tensor: QuantizedTensor | PaletteTensor) -> _Block:
 
 
 def _write(
-    blocks: Iterator[_Block], plan: Plan, folder: Path, progress: Progress
+    blocks: Iterator[_Block],
+    plan: Plan,
+    folder: Path,
+    progress: Progress,
+    told: Mapping[str, Any] | None = None,
+    journal: Journal | None = None,
 ) -> dict[str, Record]:
-    """Write every shard; {name: record} in the order of the plan."""
-    total = sum(math.prod(choice.weight.shape) for choice in plan.choices)
-    done = 0
+    """Write every shard that is not finished; {name: record} in the order of the plan."""
+    total = plan.parameters
+    finished = journal.finished if journal else []
+    records = {name: record for part in finished for name, record in part.items()}
+    done = sum(math.prod(plan[name].weight.shape) for name in records)
 
-    def counted() -> Iterator[_Block]:
+    def counted(choice: Choice) -> Iterator[_Block]:
+        """The blocks of a weight: not one of the next is asked for before its shard is done."""
         nonlocal done
-        for block in blocks:
+        left = math.prod(choice.weight.shape)
+        while left:
+            block = next(blocks, None)
+            if block is None or block.name != choice.weight.name or block.weights > left:
+                found = block.name if block else "nothing"
+                raise ValueError(f"{found} comes where the plan has {choice.weight.name}")
             yield block
+            left -= block.weights
             done += block.weights
             progress("quantize", done, total)
 
-    by_weight = groupby(counted(), lambda block: block.name)
     shards = store.shards(plan)
-    records = {}
-    for index, shard in enumerate(shards):
+    for index, shard in [*enumerate(shards)][len(finished) :]:
+        part = {}
         with store.open_shard(folder, index, len(shards), shard) as append:
             for choice in shard:
-                name, parts = next(by_weight, ("nothing", ()))
-                if name != choice.weight.name:
-                    raise ValueError(f"{name} comes where the plan has {choice.weight.name}")
-                records[name] = _write_weight(choice, parts, append)
+                part[choice.weight.name] = _write_weight(choice, counted(choice), append)
+        records |= part
+        if journal is not None:
+            journal.add(part, told or {})
     return records
 
 

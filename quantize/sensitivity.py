@@ -125,26 +125,28 @@ def measure(
 
     Raises:
         EnvironmentFailed: no room for the temporary files (4 bytes per token, hidden feature and
-            layer).
+            layer, past calibration's IN_MEMORY in all).
     """
     found: dict[str, dict[str, float]] = {}
     steps = 2 * config.layers
     tables = attention_tables(config, windows.ids.shape[1])
+    looked_up = [choice for choice in options.get(EMBEDDING, ()) if choice.grid is not None]
+    streams = config.layers + 2 + len(looked_up)
     with same_threads(), ExitStack() as stack:
-        states = [stack.enter_context(Activations(windows, config))]
+
+        def stream() -> Activations:
+            return stack.enter_context(Activations(windows, config, streams))
+
+        states = [stream()]
         states[0].embed(source, config)
-        tried = {
-            choice.grid.name: stack.enter_context(Activations(windows, config))
-            for choice in options.get(EMBEDDING, ())
-            if choice.grid is not None
-        }
-        for choice in options.get(EMBEDDING, ()):
-            if choice.grid is not None:
-                tried[choice.grid.name].embed(_Changed(source, choice), config)
+        tried = {choice.grid.name: stream() for choice in looked_up if choice.grid}
+        for choice in looked_up:
+            assert choice.grid is not None
+            tried[choice.grid.name].embed(_Changed(source, choice), config)
         for index in range(config.layers):
             progress("sensitivities", index, steps)
             layer = load_layer(source, config, index)
-            states.append(stack.enter_context(Activations(windows, config)))
+            states.append(stream())
             _forward(states[index], states[index + 1], layer, config, tables[index])
             for moved in tried.values():
                 _forward(moved, moved, layer, config, tables[index])
@@ -152,7 +154,7 @@ def measure(
         for name, choices in options.items():
             if choices[0].weight.is_table:
                 found[name] = _of_table(head, source, config, choices, states[-1], tried)
-        gradients = stack.enter_context(Activations(windows, config))
+        gradients = stream()
         random = torch.Generator().manual_seed(_SEED)
         for batch in range(gradients.batches):
             gradients.write(batch, head.gradient(states[-1].read(batch), random))

@@ -248,21 +248,28 @@ def shards(plan: Plan) -> tuple[Shard, ...]:
 
 
 @contextmanager
-def filling(folder: Path) -> Iterator[None]:
+def filling(folder: Path, resumes: bool = False) -> Iterator[None]:
     """Empty the folder, to be filled in the block; gone if anything is raised.
+
+    Args:
+        resumes: it is one of our own: what is in it stays at first, and what can be taken up again
+            stays if the block is stopped.
 
     Raises:
         UsageError: `folder` exists and is no quantized checkpoint.
         EnvironmentFailed: the disk is full or read-only.
     """
-    refuse_foreign(folder)
+    if not resumes:
+        refuse_foreign(folder)
     with writing(folder):
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
+        if not resumes:
+            shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True, exist_ok=resumes)
     try:
         yield
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
+    except BaseException as error:
+        if not bundle.goes_on(folder, error):
+            shutil.rmtree(folder, ignore_errors=True)
         raise
 
 
@@ -290,6 +297,11 @@ def writing(folder: Path) -> Iterator[None]:
         ) from error
 
 
+def shard_name(index: int, count: int) -> str:
+    """The file of shard `index` (from 0) of `count`."""
+    return f"model-{index + 1:05d}-of-{count:05d}.safetensors"
+
+
 @contextmanager
 def open_shard(folder: Path, index: int, count: int, shard: Shard) -> Iterator[Append]:
     """Shard `index` (from 0) of `count`, its header written; yields a function that appends.
@@ -297,7 +309,7 @@ def open_shard(folder: Path, index: int, count: int, shard: Shard) -> Iterator[A
     Append, weight by weight, the packed codes, the scales or levels and the zero points, the
     blocks, or the float values.
     """
-    path = folder / f"model-{index + 1:05d}-of-{count:05d}.safetensors"
+    path = folder / shard_name(index, count)
     with writing(folder):
         file = path.open("wb")
 

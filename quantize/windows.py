@@ -16,6 +16,7 @@ from ..errors import BadInput, UsageError
 from ..tokenizer.tokenizer import Tokenizer
 
 Int32 = npt.NDArray[np.int32]
+IN_MEMORY = 256 << 20  # bytes of activations that calibration holds without a temporary file
 Messages = Sequence[Mapping[str, str]]
 
 

@@ -14,6 +14,7 @@ from ..quantize import imatrix
 from ..quantize.blocks import BlockGrid
 from ..quantize.palette import PaletteGrid
 from ..quantize.plan import Choice, Plan, grid_summary
+from ..quantize.windows import IN_MEMORY
 from ..recipe import Recipe
 from . import fit
 from .shipment import make_jobs, plan_jobs
@@ -60,7 +61,7 @@ class Forecast:
         floats: {matrix that keeps float16: why}.
         fallbacks: as Plan.fallbacks.
         memory: peak anonymous memory of the export itself, without validation's child processes.
-        disk: all files at once, temporary ones included.
+        disk: all files at once, temporary ones included: activations past a limit, then logits.
         free_disk: of the output's file system.
     """
 
@@ -113,6 +114,7 @@ def forecast(
         for job in plan_jobs(recipe, source, plan)
     ]
     model_bytes = sum(sum(job.files.values()) for job in jobs)
+    activations = _activations(recipe, plan, source)
     return Forecast(
         model=source.name,
         grids=grid_summary(plan),
@@ -123,10 +125,10 @@ def forecast(
         },
         fallbacks=plan.fallbacks,
         jobs=jobs,
-        memory=_memory(plan),
+        memory=_memory(plan) + (activations if activations <= IN_MEMORY else 0),
         disk=model_bytes
         + max(sum(job.files.values()) for job in jobs)
-        + _temporary(recipe, plan, source),
+        + max(activations if activations > IN_MEMORY else 0, _logits(recipe, source)),
         free_disk=_free(recipe.output),
         seconds=_seconds(recipe, plan, source),
         fit=found,
@@ -160,18 +162,20 @@ def _memory(plan: Plan) -> int:
     return _START_MEMORY + max(_BLOCK_MEMORY + 4 * largest, calibrated)
 
 
-def _temporary(recipe: Recipe, plan: Plan, source: Source) -> int:
-    """Activations of two calibration streams, then the logits of one text: never together.
-
-    Scores of a reward model take no disk.
-    """
+def _activations(recipe: Recipe, plan: Plan, source: Source) -> int:
+    """Of two calibration streams."""
+    if not plan.calibrated:
+        return 0
     tokens = recipe.quantize.calibration_windows * recipe.quantize.calibration_length
-    activations = 2 * 4 * tokens * source.decoder.hidden_size if plan.calibrated else 0
-    judged = recipe.validate.windows * recipe.validate.window_length
-    logits = min(3 * 4 * judged * source.decoder.vocab_size, 6_000_000_000)
+    return 2 * 4 * tokens * source.decoder.hidden_size
+
+
+def _logits(recipe: Recipe, source: Source) -> int:
+    """On disk, of one text; scores of a reward model take none."""
     if source.decoder.reward:
-        logits = 0
-    return max(activations, logits)
+        return 0
+    judged = recipe.validate.windows * recipe.validate.window_length
+    return min(3 * 4 * judged * source.decoder.vocab_size, 6_000_000_000)
 
 
 def _seconds(recipe: Recipe, plan: Plan, source: Source) -> float:

@@ -371,6 +371,77 @@ def test_what_a_killed_run_left_is_swept(tmp_path: Path) -> None:
         assert [path.name for path in tmp_path.iterdir()] == [work.name]
 
 
+STOPPED = [KeyboardInterrupt(), SystemExit(143), EnvironmentFailed("full", "no room", "free it")]
+
+
+@pytest.mark.parametrize("error", STOPPED, ids=lambda error: type(error).__name__)
+def test_unfinished_work_is_found_by_the_next_run(tmp_path: Path, error: BaseException) -> None:
+    output = tmp_path / "dist"
+    with pytest.raises(type(error)), bundle.work_folder(output) as work:
+        for name in ("quantized", "other"):
+            (work / name).mkdir()
+            (work / name / "shard").touch()
+        (work / "quantized" / bundle.UNFINISHED).touch()
+        (work / "oracle.npy").touch()
+        raise error
+    (left,) = output.iterdir()
+    assert {path.name for path in left.rglob("*")} == {"quantized", "shard", bundle.UNFINISHED}
+    with bundle.work_folder(output, resumes=True) as other:
+        assert (other / "quantized" / "shard").exists()
+        assert [path.name for path in output.iterdir()] == [other.name]
+        with bundle.work_folder(output, resumes=True) as third:  # it is taken by one run alone
+            assert [path.name for path in third.iterdir()] == ["lock"]
+    assert not output.exists() or not list(output.iterdir())
+
+
+@pytest.mark.parametrize("make", [bundle.work_folder, bundle.replacing])
+def test_a_run_that_does_not_resume_sweeps_what_is_unfinished(tmp_path: Path, make: Any) -> None:
+    with pytest.raises(KeyboardInterrupt), make(tmp_path / "dist") as folder:
+        (folder / "quantized").mkdir()
+        for place in (folder, folder / "quantized"):
+            (place / bundle.UNFINISHED).touch()
+        raise KeyboardInterrupt
+    assert folder.exists()
+    with make(tmp_path / "dist") as other:
+        assert [path.name for path in other.iterdir() if path.name != "lock"] == []
+        assert other == folder or not folder.exists()
+
+
+def test_unfinished_work_that_failed_is_gone(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError), bundle.work_folder(tmp_path) as work:
+        (work / "quantized").mkdir()
+        (work / "quantized" / bundle.UNFINISHED).touch()
+        raise ZeroDivisionError
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_of_two_that_are_unfinished_the_last_is_taken_up(tmp_path: Path) -> None:
+    for name, age in (("a", 3), ("b", 1), ("c", 2)):
+        folder = tmp_path / f".work-{name}"
+        (folder / "quantized").mkdir(parents=True)
+        (folder / "quantized" / bundle.UNFINISHED).write_text(name)
+        os.utime(folder, (100 - age, 100 - age))
+    with bundle.work_folder(tmp_path, resumes=True) as work:
+        assert (work / "quantized" / bundle.UNFINISHED).read_text() == "b"
+        assert [path.name for path in tmp_path.iterdir()] == [work.name]
+
+
+def test_an_unfinished_replacement_is_found_by_the_next_one(tmp_path: Path) -> None:
+    destination = tmp_path / "quantized"
+    with bundle.replacing(destination) as folder:
+        (folder / "old").touch()
+    with pytest.raises(KeyboardInterrupt), bundle.replacing(destination) as folder:
+        (folder / "shard").touch()
+        (folder / bundle.UNFINISHED).touch()
+        raise KeyboardInterrupt
+    assert [path.name for path in destination.iterdir()] == ["old"]
+    folder.rename(tmp_path / ".quantized.partial-1")  # as if another process had made it
+    with bundle.replacing(destination, resumes=True) as folder:
+        assert {path.name for path in folder.iterdir()} == {"shard", bundle.UNFINISHED}
+    assert [path.name for path in destination.iterdir()] == ["shard"]
+    assert leftovers(destination) == []
+
+
 @pytest.mark.parametrize("moment", ["before the lock", "with the lock"])
 def test_a_work_folder_that_another_run_swept_is_made_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str

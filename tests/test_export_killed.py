@@ -8,8 +8,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -21,8 +21,21 @@ from slimport.quantize.store import QuantizedCheckpoint
 # that matter are not drowned in the seconds of start-up. No thread runs before the fork.
 SERVER = """
 import json, os, signal, sys, time
+import torch
 from slimport import bundle, cli, pipeline
+from slimport.quantize.methods import gptq
 from slimport.terminal import views
+
+def die_after(weights):
+    "SIGKILL this process when it has solved so many weights and begins with the next."
+    solve, solved = gptq.solve, 0
+    def counted(*given):
+        nonlocal solved
+        if solved == weights:
+            os.kill(os.getpid(), signal.SIGKILL)
+        solved += 1
+        return solve(*given)
+    gptq.solve = counted
 
 def die_at(step):
     "SIGKILL this process before its step-th change to the disk from the swap on."
@@ -52,6 +65,8 @@ for line in sys.stdin:
             bundle._exchange = lambda one, other: False
         if job["step"]:
             die_at(job["step"])
+        if job["solved"] is not None:
+            die_after(job["solved"])
         os._exit(cli.main(job["arguments"]))
     if job["after"] is not None:
         time.sleep(job["after"])
@@ -77,12 +92,26 @@ class Exports:
         return ["export", "--target", "android", "--no-validate", "-o", str(self.output)]
 
     def run(
-        self, preset: str, *, after: float | None = None, step: int = 0, exchange: bool = True
+        self,
+        preset: str,
+        *method: str,
+        after: float | None = None,
+        step: int = 0,
+        exchange: bool = True,
+        solved: int | None = None,
     ) -> int:
-        """The exit code; -9 if killed, `after` seconds or before the `step`-th change of a swap."""
+        """The exit code; -9 if killed: `after` seconds, before the `step`-th change of a swap, or
+        when it has `solved` so many weights."""
         assert self.server.stdin is not None and self.server.stdout is not None
-        arguments = [*self.command, str(self.model), "--method", "rtn", "--preset", preset, "-q"]
-        job = {"arguments": arguments, "after": after, "step": step, "exchange": exchange}
+        words = method or ("--method", "rtn")
+        arguments = [*self.command, str(self.model), *words, "--preset", preset, "-q"]
+        job = {
+            "arguments": arguments,
+            "after": after,
+            "step": step,
+            "exchange": exchange,
+            "solved": solved,
+        }
         self.server.stdin.write(json.dumps(job) + "\n")
         self.server.stdin.flush()
         return int(self.server.stdout.readline())
@@ -192,3 +221,44 @@ def test_kills_from_the_very_start(tiny_llama: Path, tmp_path: Path) -> None:
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     names = [path.name for path in (tmp_path / "dist").iterdir()]
     assert [name for name in names if not name.endswith("lock")] == ["android"]
+
+
+LINEARS = 7  # of a layer
+
+
+def kill_between_layers(
+    exports: Exports, recipe_for: Callable[..., Path], folder: Path, layers: int
+) -> None:
+    """A run that is killed in every layer ends as one that is not, and leaves nothing."""
+    recipe = recipe_for(folder, exports.model)
+    method = ("--method", "gptq", "--config", str(recipe))
+    assert exports.run("int4", *method) == 0
+    digest = exports.digest
+    assert exports.run("int8", *method) == 0
+    other = exports.digest
+    assert exports.run("int4", *method, solved=LINEARS + 1) == -signal.SIGKILL
+    for _ in range(2, layers):  # a run from the start would not end the layer that it begins with
+        assert exports.run("int4", *method, solved=LINEARS + 1) == -signal.SIGKILL
+        assert exports.digest == other
+    assert exports.run("int4", *method, solved=LINEARS) == 0
+    assert exports.digest == digest
+    assert exports.left == [exports.result]
+    # Another plan than the one that died.
+    assert exports.run("int8", *method, solved=LINEARS + 1) == -signal.SIGKILL
+    assert exports.run("int4", *method, solved=LINEARS * layers - 1) == -signal.SIGKILL
+    assert exports.digest == digest
+    assert exports.run("int4", *method, solved=LINEARS) == 0
+    assert exports.digest == digest
+    assert exports.left == [exports.result]
+
+
+def test_an_export_goes_on_at_the_layer_where_it_was_killed(
+    exports: Exports, tiny_qwen3: Path, recipe_for: Callable[..., Path], tmp_path: Path
+) -> None:
+    kill_between_layers(replace(exports, model=tiny_qwen3), recipe_for, tmp_path / "in", 3)
+
+
+def test_a_quantization_goes_on_at_the_layer_where_it_was_killed(
+    quantizations: Quantizations, tiny_qwen3: Path, recipe_for: Callable[..., Path], tmp_path: Path
+) -> None:
+    kill_between_layers(replace(quantizations, model=tiny_qwen3), recipe_for, tmp_path / "in", 3)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import platform
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import bundle
+from ..quantize.versions import processor
 from ..targets.limits import Finding
 from ..targets.target import Limit, Target
 from . import budget, page, summary
@@ -206,13 +206,8 @@ def measurements(measured: Measurements) -> dict[str, Any]:
 
 def machine() -> str:
     """Processor, cores and system, such as "AMD EPYC 7B13, 2 cores, Linux x86_64"."""
-    try:
-        found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
-    except OSError:
-        found = None
-    processor = found[1].strip() if found else platform.processor() or platform.machine()
     cores = os.cpu_count() or 1
-    return f"{processor}, {cores} cores, {platform.system()} {platform.machine()}"
+    return f"{processor()}, {cores} cores, {platform.system()} {platform.machine()}"
 
 
 def joined(report: Mapping[str, Any], measured: Mapping[str, Any]) -> dict[str, Any]:

@@ -160,12 +160,52 @@ def test_linears_with_one_input_share_a_hessian(tiny_llama: Path) -> None:
     assert len({id(array) for array in arrays.values()}) == 4
 
 
+def test_activations_past_the_limit_lie_in_files_and_are_the_same_bytes(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, windows = Checkpoint.open(tiny_llama), random_windows()
+    config = decoder_config(source.config)
+    files, make = [], calibration.tempfile.TemporaryFile
+    monkeypatch.setattr(
+        calibration.tempfile,
+        "TemporaryFile",
+        lambda buffering: files.append(1) or make(buffering=0),
+    )
+    needed = 2 * 4 * windows.ids.size * config.hidden_size  # both streams, float32
+    assert needed < calibration.IN_MEMORY == 256 * 2**20
+    found = []
+    for limit, count in ((needed, 0), (needed - 1, 2)):
+        monkeypatch.setattr(calibration, "IN_MEMORY", limit)
+        files.clear()
+        found.append(stream(source, config, windows, quantize=True))
+        assert len(files) == count
+    for name, statistics in found[0].items():
+        for one, other in zip(statistics, found[1][name], strict=True):
+            assert one.tobytes() == other.tobytes(), name
+
+
+def test_finished_layers_are_passed_through(tiny_qwen3: Path) -> None:
+    """What follows them is what it was when they were calibrated, to the bit."""
+    source, windows = Checkpoint.open(tiny_qwen3), random_windows()
+    config = decoder_config(source.config)
+    whole = stream(source, config, windows, quantize=True)
+    names = [weight.name for weight in weights(config) if weight.layer == 0 and weight.is_linear]
+    before = [lambda: rounded(source, dict.fromkeys(names))]
+    layers = layer_statistics(source, config, windows, before=before)
+    passage, found = next(layers)
+    assert passage.index == 1
+    for name, statistics in found.items():
+        for one, other in zip(statistics, whole[name], strict=True):
+            assert one.tobytes() == other.tobytes(), name
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_a_full_disk_is_an_error_with_its_size(
     tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     full = open("/dev/full", "w+b", buffering=0)
     monkeypatch.setattr(calibration.tempfile, "TemporaryFile", lambda buffering: full)
+    monkeypatch.setattr(calibration, "IN_MEMORY", 0)
     source = Checkpoint.open(tiny_llama)
     with pytest.raises(EnvironmentFailed, match="temporary disk space"):
         next(layer_statistics(source, decoder_config(source.config), random_windows(2)))

@@ -13,6 +13,8 @@ from safetensors.numpy import save_file
 
 from slimport.architectures import decoder_config
 from slimport.quantize.plan import make_plan
+from slimport.quantize.windows import IN_MEMORY
+from slimport.recipe import load
 from slimport.shipping import forecast
 
 Run = Callable[..., Any]
@@ -76,6 +78,25 @@ def test_a_dry_run_shows_plan_and_predictions(tiny_llama: Path, run: Run, tmp_pa
     assert shown.code == 0
     for words in ("int4-g32", "gptq", "model.gguf", "galaxy-s24", "free disk"):
         assert words in shown.out
+
+
+def test_activations_lie_in_memory_up_to_a_limit_and_then_on_disk(
+    tiny_llama: Path, recipe_for: Run, tmp_path: Path
+) -> None:
+    recipe = load(recipe_for(tmp_path, tiny_llama)).override(method="gptq", window_length=16)
+
+    def found(windows: int) -> tuple[int, int]:
+        given = recipe.override(calibration_windows=windows, calibration_length=128)
+        told = forecast.forecast(given)
+        return told.memory, told.disk
+
+    window = 128 * 64 * 8  # two streams of float32 by 64 hidden features
+    most = IN_MEMORY // window
+    (memory, disk), (more, same) = found(1), found(most)
+    assert (more - memory, same) == ((most - 1) * window, disk)
+    less, larger = found(most + 1)
+    logits = 3 * 4 * 3 * 16 * 416  # of the held-out text; never beside the activations
+    assert (memory - less, larger - disk) == (window, (most + 1) * window - logits)
 
 
 def test_float_weights_are_named_with_their_reason(tiny_llama: Path, run: Run) -> None:
