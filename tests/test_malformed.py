@@ -188,7 +188,7 @@ RECIPES: dict[str, tuple[str, str, int, str]] = {
     "unknown target": ('targets = ["pixel-99"]', "", 2, "pixel-99"),
     "no target": ("", "", 2, "no target"),
     "container not there yet": ('targets = ["android"]\ncontainer = "litertlm"', "", 5, "gguf"),
-    "unknown preset": ('targets = ["android"]', '[quantize]\npreset = "int3"', 2, "int3"),
+    "unknown preset": ('targets = ["android"]', '[quantize]\npreset = "int5"', 2, "int5"),
     "unknown method": ('targets = ["android"]', '[quantize]\nmethod = "magic"', 2, "magic"),
     "unknown grid": ('targets = ["android"]', '[quantize.patterns]\n"*" = "int5"', 2, "int5"),
     "a pattern of no weight": (
