@@ -78,6 +78,12 @@ def prepare(recipe: Recipe, *, offline: bool = False) -> Training:
             "training compares the logits of a language model with those in full precision",
             "quantize it by another method: --method gptq",
         )
+    if source.given is not None:
+        raise UsageError(
+            f"{source.name} is not trained",
+            f"{source.given.maker} chose its codes, and training would quantize them again",
+            "give the full-precision model that it was made from",
+        )
     plan = plan_of(recipe, source)
     if settings.train_only == "lora" and source.adapters:
         raise UsageError(

@@ -110,7 +110,8 @@ def predict(
     """{file name: bytes}, to the byte; `name` is the model's."""
     placed = layout.layout(config, plan, deployment, activations)
     graph = _graph(config, placed, deployment, name, _ANY_DIGEST)
-    beside = genai.files(config, tokenizer, deployment)
+    options = genai.session_options(plan)
+    beside = genai.files(config, tokenizer, deployment, options=options)
     sizes = {file: len(content) for file, content in beside.items()}
     return {FILE: len(graph), DATA: placed.nbytes, **sizes}
 
@@ -135,7 +136,8 @@ def write(
     config = model.decoder
     placed = layout.layout(config, model.plan, deployment, activations)
     graph = _graph(config, placed, deployment, model.name, model.weights_digest)
-    beside = genai.files(config, tokenizer, deployment)
+    options = genai.session_options(model.plan)
+    beside = genai.files(config, tokenizer, deployment, options=options)
     for name, content in {FILE: graph, **beside}.items():
         write_bytes(folder / name, content)
     write_aligned(folder / DATA, b"", _data(model, placed), ALIGNMENT)

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from ...architectures import DecoderConfig
+from ...quantize.grid import Grid
+from ...quantize.plan import Plan
 from ...tokenizer.tokenizer import Tokenizer
 from ..container import Deployment
 from . import tokenizer as tokenizer_files
@@ -21,6 +23,15 @@ CONFIG = "genai_config.json"
 _CHUNK = 128
 _TEXT = {name: name for name in ("input_ids", "attention_mask")}
 _SAMPLING = ("temperature", "top_k", "top_p", "repetition_penalty")
+
+
+def session_options(plan: Plan) -> dict[str, str]:
+    """Options without which a device would compute with other scales than those of the plan.
+
+    On Arm, KleidiAI's kernels cut float16 scales to bfloat16, whose 8 bits the portable grids keep.
+    """
+    wide = any(isinstance(c.grid, Grid) and c.grid.scale_bits == 11 for c in plan.quantized)
+    return {"mlas.disable_kleidiai": "1"} if wide else {}
 
 
 def files(

@@ -8,6 +8,7 @@ from ...quantize.plan import Plan
 from ...tokenizer.tokenizer import Tokenizer
 from ..container import normalization_notes
 from . import template
+from .genai import session_options
 from .layout import FLOAT16, FLOAT32, Float
 from .tokenizer import template_withheld
 
@@ -51,5 +52,11 @@ def notes(
         found.append(
             f"{', '.join(slow)} is a reference in ONNX Runtime: its operator is about two orders of"
             " magnitude slower than that of int4-g32."
+        )
+    if options := session_options(plan):
+        stated = " and ".join(f"`{name}` to {value}" for name, value in options.items())
+        found.append(
+            "Scales are float16 numbers that KleidiAI's kernels for Arm cut: `genai_config.json`"
+            f" sets {stated}, and an app that opens the model without it has to."
         )
     return found

@@ -159,5 +159,6 @@ def _parts(
     graph = decoder_graph(config, placed, deployment, digest)
     content = graph.serialize(name, {"slimport.weights_digest": digest})
     converted = convert(content, layout.blobs(placed))
-    beside = genai.files(config, tokenizer, deployment, FILE, _OPTIONS)
+    options = _OPTIONS | genai.session_options(plan)
+    beside = genai.files(config, tokenizer, deployment, FILE, options)
     return _Parts(stored, placed, converted, {**beside, OPERATORS: converted.operators})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,21 @@ def test_exact_products_are_those_of_the_codes(
     onnxruntime.logits(file, tokens, tmp_path / "shipped.npy")
     shipped = np.abs(np.load(tmp_path / "shipped.npy") - expected)
     assert np.median(shipped) < 0.2  # of logits that spread over whole units
+
+
+@pytest.mark.parametrize(("grid", "set_"), [("int4-g32", False), ("int4-g32-f16", True)])
+def test_scales_that_kleidiai_would_cut_are_kept_from_it(
+    grid: str, set_: bool, tiny_llama: Path, in_memory: Any, tmp_path: Path
+) -> None:
+    model = in_memory(tiny_llama, patterns={"*down*": grid})
+    export(model, tiny_llama, tmp_path)
+    stated = json.loads((tmp_path / "genai_config.json").read_text())["model"]["decoder"]
+    assert (stated["session_options"].get("mlas.disable_kleidiai") == "1") == set_
+    notes = container.notes(model.decoder, model.plan, Tokenizer.open(tiny_llama))
+    assert any("mlas.disable_kleidiai" in note for note in notes) == set_
+    import onnxruntime_genai
+
+    onnxruntime_genai.Config(str(tmp_path))  # it reads the option
 
 
 @pytest.mark.parametrize("family", FAMILIES)
