@@ -38,6 +38,7 @@ lint: setup
 bench: setup
 	$(BIN)/python benchmarks/quality.py
 	$(BIN)/python benchmarks/kernels.py
+	$(BIN)/python benchmarks/solver.py
 	$(BIN)/python benchmarks/export_speed.py
 	$(BIN)/python benchmarks/export_memory.py
 	$(BIN)/python benchmarks/onnx_builder.py

@@ -7,10 +7,11 @@ which chooses the same codes without inverting H (Chee et al. 2023, arXiv:2307.1
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +31,8 @@ from . import kmeans, kquants, rtn
 _DAMPINGS = (0.01, 0.1, 1.0)  # of the mean diagonal; the next one only if the factor fails
 _GIVEN_BACK = np.float32(0.5)  # of the drift; all of it fits the calibration text too closely
 _BLOCK = 128  # columns between two updates by matrix product
+_STRIP = 4  # columns whose errors reach the others of their block together
+_LANES = 32  # rows that are rounded side by side
 
 Indices = npt.NDArray[np.int64]
 Vector = npt.NDArray[np.float32]
@@ -68,13 +71,12 @@ def solve(
         weight = weight.copy()
         weight[:, order] += _correction(drift, order, factor)
     rounded = _rounded(weight, grid, importance)
-    factor /= factor.diagonal()[:, None].clone()
-    codes = _feedback(weight[:, order], _levels(rounded, order), factor.mT)
+    codes = _feedback(_taken(weight, order), _levels(rounded, order), _unit(factor))
     if isinstance(rounded, BlockTensor):
         return replace_codes(rounded, codes.view(np.uint8), order)
     if isinstance(rounded, QuantizedTensor) and rounded.grid.asymmetric:
         codes -= _begins(rounded, order).view(np.int8)
-    rounded.codes[:, order] = codes
+    _by_rows(_put, codes, order, rounded.codes)
     return rounded
 
 
@@ -84,18 +86,24 @@ def _rounded(weight: Float32, grid: AnyGrid, importance: Float32 | None) -> Quan
         return kquants.round_blocks(weight, grid, importance)
     if isinstance(grid, PaletteGrid):
         return _by_kmeans(weight, grid, importance)
-    return rtn.solve(weight, grid, importance=importance)
+    parts = _solved(partial(rtn.solve, grid=grid, importance=importance), weight, 1)
+    codes, scales = ([getattr(part, name) for part in parts] for name in ("codes", "scale"))
+    return QuantizedTensor(grid, np.concatenate(codes), np.concatenate(scales))
 
 
 def _by_kmeans(weight: Float32, grid: PaletteGrid, importance: Float32 | None) -> PaletteTensor:
-    """Some row groups in each thread."""
     solve = partial(kmeans.solve, grid=grid, importance=importance)
-    ends = [grid.group * edge for edge in _edges(len(weight) // grid.group)]
-    rows = [weight[start:stop] for start, stop in pairwise(ends) if start < stop]
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        parts = list(pool.map(solve, rows))
+    parts = _solved(solve, weight, grid.group)
     codes, levels = ([getattr(part, name) for part in parts] for name in ("codes", "levels"))
     return PaletteTensor(grid, np.concatenate(codes), np.concatenate(levels))
+
+
+def _solved(solve: Callable[[Float32], Any], weight: Float32, group: int) -> list[Any]:
+    """Some rows, whole groups of them, in each thread."""
+    ends = [group * edge for edge in _edges(len(weight) // group)]
+    rows = [weight[start:stop] for start, stop in pairwise(ends) if start < stop]
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        return list(pool.map(solve, rows))
 
 
 class _Levels(NamedTuple):
@@ -151,7 +159,7 @@ def _begins(rounded: QuantizedTensor, order: Indices) -> UInt8:
 
 def _factor(hessian: Float32, order: Indices) -> Tensor:
     """Upper triangular U of the damped Hessian = U^T U, in `order`."""
-    ordered = torch.from_numpy(hessian[np.ix_(order, order)])
+    ordered = torch.from_numpy(_ordered(hessian, order))
     mean = ordered.diagonal().mean()
     upper: Tensor
     added = 0.0
@@ -162,6 +170,57 @@ def _factor(hessian: Float32, order: Indices) -> Tensor:
         if not failed:
             return upper
     raise _unusable(f"it is not positive definite with {added:.0%} of its mean diagonal added")
+
+
+def _ordered(hessian: Float32, order: Indices) -> Float32:
+    """Rows and columns in `order`; zeros below the diagonal, which no factor is made from."""
+    found = np.zeros((order.size, order.size), np.float32)
+    _by_rows(_gather, found, hessian, order)
+    return found
+
+
+def _taken(weight: Float32, order: Indices) -> Float32:
+    """The columns of `weight` in `order`."""
+    found = np.empty((len(weight), order.size), np.float32)
+    _by_rows(_take, found, weight, order)
+    return found
+
+
+def _by_rows(work: Callable[..., None], first: Any, *others: Any) -> None:
+    """Call work(first, *others, start, stop) with the rows of `first` in parts, in threads."""
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        list(pool.map(partial(work, first, *others), *_parts(len(first))))
+
+
+@compiled
+def _gather(found: Float32, hessian: Float32, order: Indices, start: int, stop: int) -> None:
+    for i in range(start, stop):
+        row = hessian[order[i]]
+        for j in range(i, order.size):
+            found[i, j] = row[order[j]]
+
+
+@compiled
+def _take(found: Float32, weight: Float32, order: Indices, start: int, stop: int) -> None:
+    for i in range(start, stop):
+        for j in range(order.size):
+            found[i, j] = weight[i, order[j]]
+
+
+@compiled
+def _put(codes: Int8, order: Indices, found: Int8, start: int, stop: int) -> None:
+    for i in range(start, stop):
+        for j in range(order.size):
+            found[i, order[j]] = codes[i, j]
+
+
+def _unit(factor: Tensor) -> Tensor:
+    """The factor divided by its diagonal and transposed: unit lower triangular. In place."""
+    lower, diagonal = factor.mT, factor.diagonal().clone()
+    for start in range(0, len(lower), _BLOCK):
+        stop = start + _BLOCK
+        lower[start:stop, :stop] /= diagonal[:stop]
+    return lower
 
 
 def _correction(drift: Float32, order: Indices, factor: Tensor) -> Float32:
@@ -220,34 +279,84 @@ def _choose(
     start: int,
     stop: int,
 ) -> None:
-    """Codes and errors of rows start .. stop - 1 in one block of columns, last column first."""
-    for row in range(start, stop):
-        own, between = levels.levels[row // levels.share], levels.between[row // levels.share]
-        for j in range(weight.shape[1] - 1, -1, -1):
-            group = levels.groups[j]
-            low, step = levels.low[row, group], levels.step[row, group]
-            code = _nearest(target[row, j] - low, step, levels.first, levels.last, between)
-            level = own[int(code)] if own.size else code
-            error = weight[row, j] - (low + level * step)
-            codes[row, j] = np.int8(code)
-            errors[row, j] = error
-            for i in range(j):
-                target[row, i] += error * factor[j, i]
+    """Codes and errors of rows start .. stop - 1 in one block of columns, last column first.
+
+    Rows lie side by side in tiles of _LANES, so that the loops vectorize; each row's sums keep
+    their order.
+    """
+    columns = weight.shape[1]
+    tile = np.zeros((columns, _LANES), np.float32)  # targets, and in their place errors
+    exact = np.zeros((columns, _LANES), np.float32)
+    chosen = np.zeros((columns, _LANES), np.int8)
+    low = np.zeros(_LANES, np.float32)
+    step = np.ones(_LANES, np.float32)
+    code = np.zeros(_LANES, np.float32)
+    for first in range(start, stop, _LANES):
+        count = min(_LANES, stop - first)
+        for lane in range(count):
+            for j in range(columns):
+                tile[j, lane] = target[first + lane, j]
+                exact[j, lane] = weight[first + lane, j]
+        for high in range(columns, 0, -_STRIP):
+            begin = max(0, high - _STRIP)
+            for j in range(high - 1, begin - 1, -1):
+                group = levels.groups[j]
+                for lane in range(count):
+                    low[lane] = levels.low[first + lane, group]
+                    step[lane] = levels.step[first + lane, group]
+                for lane in range(_LANES):
+                    code[lane] = (tile[j, lane] - low[lane]) / step[lane]
+                _round(code, step, levels, first, count)
+                for lane in range(_LANES):
+                    chosen[j, lane] = np.int8(code[lane])
+                if levels.levels.size:
+                    for lane in range(count):
+                        own = levels.levels[(first + lane) // levels.share]
+                        code[lane] = own[int(code[lane])]
+                for lane in range(_LANES):
+                    tile[j, lane] = exact[j, lane] - (low[lane] + code[lane] * step[lane])
+                for i in range(begin, j):
+                    for lane in range(_LANES):
+                        tile[i, lane] += tile[j, lane] * factor[j, i]
+            if begin:
+                _pass_on(tile, factor, begin)
+        for lane in range(count):
+            for j in range(columns):
+                errors[first + lane, j] = tile[j, lane]
+                codes[first + lane, j] = chosen[j, lane]
 
 
 @compiled
-def _nearest(
-    value: np.float32, step: np.float32, first: np.float32, last: np.float32, between: Vector
-) -> np.float32:
-    """The code whose level times `step` is nearest to `value`; the first where all are equal."""
-    if step == 0:
-        return first
-    wanted = value / step
-    if between.size:
-        return np.float32(np.searchsorted(between, wanted))
-    code = np.rint(wanted)
-    code = first if code < first else code
-    return last if code > last else code
+def _pass_on(tile: Float32, factor: Float32, begin: int) -> None:
+    """The errors of the _STRIP columns from `begin` on to those before, the last one's first."""
+    for i in range(begin):
+        third, second = factor[begin + 3, i], factor[begin + 2, i]
+        first, zeroth = factor[begin + 1, i], factor[begin, i]
+        for lane in range(_LANES):
+            moved = tile[i, lane] + tile[begin + 3, lane] * third
+            moved += tile[begin + 2, lane] * second
+            moved += tile[begin + 1, lane] * first
+            tile[i, lane] = moved + tile[begin, lane] * zeroth
+
+
+@compiled
+def _round(code: Vector, step: Vector, levels: _Levels, first: int, count: int) -> None:
+    """In place, what is wanted of each row from `first` on, in steps, to the nearest level's code.
+
+    It is the first code where all are equal.
+    """
+    lowest, highest = levels.first, levels.last
+    if levels.between.size:
+        for lane in range(count):
+            between = levels.between[(first + lane) // levels.share]
+            code[lane] = np.searchsorted(between, code[lane])
+    else:
+        for lane in range(code.size):
+            nearest = np.rint(code[lane])
+            nearest = lowest if nearest < lowest else nearest
+            code[lane] = highest if nearest > highest else nearest
+    for lane in range(code.size):
+        code[lane] = lowest if step[lane] == 0 else code[lane]
 
 
 def _unusable(why: str) -> BadInput:

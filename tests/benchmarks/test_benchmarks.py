@@ -11,7 +11,9 @@ import pytest
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
-@pytest.mark.parametrize("name", ["quality", "fit", "kernels", "export_speed", "export_memory"])
+@pytest.mark.parametrize(
+    "name", ["quality", "fit", "kernels", "solver", "export_speed", "export_memory"]
+)
 def test_each_benchmark_starts(name: str) -> None:
     command = [sys.executable, str(BENCHMARKS / f"{name}.py"), "--help"]
     shown = subprocess.run(command, capture_output=True, text=True)
